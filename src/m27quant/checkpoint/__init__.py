@@ -1,0 +1,1 @@
+"""What lies on disk: reading checkpoints as hostile input, writing them durably."""
