@@ -1,0 +1,95 @@
+"""From what the user typed to a folder: a local path, or a Hub id pinned to one commit."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from m27quant.errors import CheckpointError, EnvironmentFault, UsageError, escape
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "README.md"]
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """A folder that holds a checkpoint, and where it came from."""
+
+    folder: Path
+    repo_id: str | None = None
+    commit: str | None = None
+
+    def describe(self) -> str:
+        if self.repo_id is None:
+            return f"local folder {escape(self.folder)}"
+        return f"Hub repository {self.repo_id} at commit {self.commit}"
+
+
+def locate(model: str, *, revision: str | None = None, offline: bool = False, token: str | None = None) -> Location:
+    """Find MODEL: an existing folder is local; `org/name[@revision]` (also `hf://...`) is on the Hub.
+
+    Raises:
+        UsageError: neither an existing folder nor a Hub id; a revision for a local folder.
+        CheckpointError: a file where a folder is needed.
+        EnvironmentFault: the Hub cannot be reached, refuses, or the cache lacks files while offline.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() and not model.startswith("hf://"):
+        if revision is not None:
+            raise UsageError(f"--revision {escape(revision)} is for Hub ids; {escape(model)} is a local folder")
+        return Location(path.resolve())
+    if path.exists() and not model.startswith("hf://"):
+        raise CheckpointError(f"{escape(model)}: a checkpoint is a folder, this is not", hint="name the folder that holds config.json")
+    repo_id, at, inline = model.removeprefix("hf://").partition("@")
+    if model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(repo_id):
+        raise CheckpointError(f"{escape(model)}: no such folder, and not a Hub id (org/name)")
+    if at and revision not in (None, inline):
+        raise UsageError(f"two revisions: @{escape(inline)} and --revision {escape(revision)}")
+    return _snapshot(repo_id, revision or inline or None, offline=offline, token=token)
+
+
+def _snapshot(repo_id: str, revision: str | None, *, offline: bool, token: str | None) -> Location:
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    offline = offline or constants.HF_HUB_OFFLINE
+    fetch = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
+    try:
+        if not offline:  # pin the commit once, so that every file comes from it
+            revision = huggingface_hub.HfApi(token=token).model_info(repo_id, revision=revision).sha
+        folder = huggingface_hub.snapshot_download(
+            repo_id, revision=revision, token=token, local_files_only=offline, allow_patterns=WANTED
+        )
+    except errors.GatedRepoError:
+        raise EnvironmentFault(
+            f"{repo_id}: gated; access has to be granted first",
+            hint=f"accept the terms on the model's page, then `hf auth login` or set HF_TOKEN",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise EnvironmentFault(f"{repo_id}: no revision '{escape(revision)}'", hint="check --revision") from None
+    except errors.LocalEntryNotFoundError:
+        raise EnvironmentFault(
+            f"{repo_id}: not in the local cache, and offline mode is on" if offline else f"{repo_id}: the Hub cannot be reached",
+            hint=f"fetch it where there is a network: {fetch}",
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise EnvironmentFault(
+            f"{repo_id}: no such repository on the Hub, or it is private", hint="check the name; `hf auth login` for private ones"
+        ) from None
+    except (errors.HfHubHTTPError, OSError) as fault:
+        raise EnvironmentFault(
+            f"{repo_id}: the Hub cannot be reached ({escape(type(fault).__name__)}: {escape(fault)})",
+            hint=f"try again, or use --offline after `{fetch}`",
+        ) from None
+    except Exception as fault:
+        # The Hub client's transport raises its own tree (httpx); all of it means the network failed.
+        if type(fault).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
+            raise EnvironmentFault(f"{repo_id}: the Hub cannot be reached ({escape(fault)})", hint=f"fetch it later: {fetch}") from None
+        raise
+    return Location(Path(folder), repo_id, revision if _is_commit(revision) else os.path.basename(folder))
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None

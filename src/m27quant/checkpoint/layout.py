@@ -1,0 +1,110 @@
+"""Is a source's set of tensors the one that its config.json promises?  Checked on headers, before any long work."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+
+from m27quant.checkpoint import names
+from m27quant.checkpoint.config import M2Config
+from m27quant.checkpoint.source import Source
+from m27quant.errors import CheckpointError, escape
+
+SCALE_SUFFIX = "_scale_inv"
+
+
+def check_layout(source: Source) -> list[str]:
+    """Compare headers with config.json; returns notices on tensors that will be left out.
+
+    Raises:
+        CheckpointError: the first mismatches of missing, mistyped or misshapen tensors.
+    """
+    problems: list[str] = []
+    expected: set[str] = set()
+    for name, dtypes, shape in _plain_tensors(source.config):
+        expected.add(name)
+        problems += _problem(source, name, dtypes, shape)
+    for module, shape in _linears(source.config):
+        weight = f"{module}.weight"
+        expected |= {weight, weight + SCALE_SUFFIX}
+        problems += _linear_problem(source, module, weight, shape)
+    _raise_for(problems)
+    unknown = sorted(set(source.tensors) - expected)
+    if not unknown:
+        return []
+    kind = "multi-token-prediction or other" if any(".layers." in n for n in unknown) else "unknown"
+    return [f"{len(unknown)} {kind} tensors are not part of the model and are left out ('{escape(unknown[0])}' ...)"]
+
+
+def _plain_tensors(c: M2Config) -> Iterable[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+    """Tensors that are passed through: (name, allowed dtypes, shape)."""
+    table = (c.vocab_size, c.hidden_size)
+    yield names.EMBEDDING, ("BF16",), table
+    yield names.LM_HEAD, ("BF16",), table
+    yield names.FINAL_NORM, ("BF16",), (c.hidden_size,)
+    for layer in range(c.num_hidden_layers):
+        for name, shape in names.norm_shapes(c, layer).items():
+            yield name, ("BF16",), shape
+        yield names.gate(layer), ("F32", "BF16"), (c.num_local_experts, c.hidden_size)
+        yield names.correction_bias(layer), ("F32", "BF16"), (c.num_local_experts,)
+
+
+def _linears(c: M2Config) -> Iterable[tuple[str, tuple[int, int]]]:
+    """Linears that are FP8 in the official checkpoint: (module, [out, in])."""
+    attention, experts = names.attention_shapes(c), names.expert_shapes(c)
+    for layer in range(c.num_hidden_layers):
+        for projection, shape in attention.items():
+            yield f"{names.attention(layer)}.{projection}", shape
+        for index in range(c.num_local_experts):
+            for projection, shape in experts.items():
+                yield names.expert(layer, index, projection), shape
+
+
+def _problem(source: Source, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
+    info = source.tensors.get(name)
+    if info is None:
+        return [f"'{name}' is missing{_in_memory_name(source, name)}"]
+    if info.shape != shape:
+        return [f"'{name}' has shape {list(info.shape)}, config.json implies {list(shape)}"]
+    if info.dtype not in dtypes:
+        return [f"'{name}' is {info.dtype}, expected {' or '.join(dtypes)}"]
+    return []
+
+
+def _linear_problem(source: Source, module: str, weight: str, shape: tuple[int, int]) -> list[str]:
+    block = source.config.weight_block_size
+    if block is None:
+        problems = _problem(source, weight, ("BF16",), shape)
+        if weight + SCALE_SUFFIX in source.tensors or (problems and "F8_E4M3" in problems[0]):
+            return [f"'{weight}' is block-scaled FP8, but config.json has no quantization_config that says so"]
+        return problems
+    info = source.tensors.get(weight)
+    if info is not None and info.dtype == "BF16" and _is_exempt(source, module) and weight + SCALE_SUFFIX not in source.tensors:
+        return _problem(source, weight, ("BF16",), shape)
+    problems = _problem(source, weight, ("F8_E4M3",), shape)
+    blocks = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    return problems or _problem(source, weight + SCALE_SUFFIX, ("F32",), blocks)
+
+
+def _is_exempt(source: Source, module: str) -> bool:
+    """True where config.json's modules_to_not_convert names the module."""
+    patterns = source.raw_config["quantization_config"].get("modules_to_not_convert") or []
+    return any(isinstance(p, str) and (p in module or fnmatch.fnmatchcase(module, p)) for p in patterns)
+
+
+def _in_memory_name(source: Source, name: str) -> str:
+    renamed = name.replace(".block_sparse_moe.", ".mlp.")
+    if renamed != name and (renamed in source.tensors or any(".mlp.experts." in n for n in source.tensors)):
+        return " (the checkpoint carries transformers' in-memory names, `mlp` for `block_sparse_moe`)"
+    return ""
+
+
+def _raise_for(problems: list[str]) -> None:
+    if not problems:
+        return
+    shown = "; ".join(escape(p, 400) for p in problems[:5])
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    raise CheckpointError(
+        f"the tensors do not fit config.json: {shown}{more}",
+        hint="download the missing or damaged shards again, or correct config.json",
+    )
