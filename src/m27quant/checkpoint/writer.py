@@ -1,0 +1,147 @@
+"""safetensors shards whose layout is known before their content: planned to the byte, filled in any order.
+
+The safetensors library's own writer neither syncs nor keeps the order of metadata and creates files with mode
+0600; here the same inputs give the same bytes, and a shard is durable before its name appears.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from m27quant.checkpoint.durable import durable_file, fault_point, move_durably, pwrite_all, sha256_of
+from m27quant.checkpoint.header import DTYPE_BITS
+from m27quant.checkpoint.names import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+def nbytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * DTYPE_BITS[spec.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """The exact layout of one shard: its header bytes and each tensor's absolute offset."""
+
+    header: bytes
+    offsets: dict[str, tuple[TensorSpec, int]]
+    size: int
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.size - len(self.header)
+
+
+def plan_shard(specs: Iterable[TensorSpec]) -> ShardPlan:
+    """Lay out `specs`: widest types first, so that all are aligned, then by name."""
+    ordered = sorted(specs, key=lambda s: (-DTYPE_BITS[s.dtype], s.name))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    relative = []
+    for spec in ordered:
+        end = at + nbytes(spec)
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [at, end]}
+        relative.append((spec, at))
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return ShardPlan(header, {s.name: (s, len(header) + o) for s, o in relative}, len(header) + at)
+
+
+def split_into_shards(specs: Iterable[TensorSpec], max_bytes: int) -> list[ShardPlan]:
+    """Plans for `specs` in order, as few as keep each file's tensors within `max_bytes`.
+
+    A tensor that is larger than `max_bytes` gets a file of its own.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        size = nbytes(spec)
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(spec)
+        filled += size
+    return [plan_shard(group) for group in groups if group]
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A durable file: its name in the work folder, size and content hash."""
+
+    name: str
+    size: int
+    sha256: str
+
+    def to_json(self) -> dict[str, str | int]:
+        return {"name": self.name, "size": self.size, "sha256": self.sha256}
+
+
+class ShardSet:
+    """The open shards of one unit of work; `write` puts a tensor where the plan has its place."""
+
+    def __init__(self, plans: list[ShardPlan], descriptors: list[int]) -> None:
+        self._place = {
+            name: (fd, spec, offset)
+            for plan, fd in zip(plans, descriptors, strict=True)
+            for name, (spec, offset) in plan.offsets.items()
+        }
+        self._missing = {name: nbytes(spec) for name, (_, spec, _) in self._place.items()}
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a whole tensor; shape and dtype must be as planned."""
+        spec = self._place[name][1]
+        assert tuple(tensor.shape) == spec.shape, f"{name}: {tuple(tensor.shape)} is not the planned {spec.shape}"
+        self.write_part(name, tensor, 0)
+
+    def write_part(self, name: str, tensor: torch.Tensor, offset: int) -> None:
+        """Write the bytes of `tensor` at byte `offset` within the tensor `name`."""
+        import torch
+
+        fd, spec, start = self._place[name]
+        assert tensor.element_size() * 8 == DTYPE_BITS[spec.dtype] or tensor.dtype == torch.uint8, name
+        data = memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        assert offset + len(data) <= nbytes(spec), f"{name}: more bytes than planned"
+        pwrite_all(fd, data, start + offset)
+        self._missing[name] -= len(data)
+        fault_point("tensor-written")
+
+    def check_complete(self) -> None:
+        missing = [name for name, left in self._missing.items() if left]
+        assert not missing, f"planned but not written: {missing[:3]}"
+
+
+@contextmanager
+def open_shards(folder: Path, stem: str, plans: list[ShardPlan], written: list[WrittenFile]) -> Iterator[ShardSet]:
+    """Open `plans` as files in `folder`; when the block ends well they are durable and listed in `written`.
+
+    Files are named `STEM-I.HASH.safetensors` by their content, so that nothing is ever overwritten.
+    """
+    with _open_all([folder / f"{stem}-{i}.partial" for i in range(len(plans))], plans, written) as descriptors:
+        for plan, fd in zip(plans, descriptors, strict=True):
+            pwrite_all(fd, plan.header, 0)
+        shards = ShardSet(plans, descriptors)
+        yield shards
+        shards.check_complete()
+
+
+@contextmanager
+def _open_all(paths: list[Path], plans: list[ShardPlan], written: list[WrittenFile]) -> Iterator[list[int]]:
+    """Nested `durable_file`s, renamed by content once all of them are whole."""
+    if not paths:
+        yield []
+        return
+    with durable_file(paths[0], plans[0].size) as fd, _open_all(paths[1:], plans[1:], written) as others:
+        yield [fd, *others]
+    digest = sha256_of(paths[0])
+    final = paths[0].with_name(f"{paths[0].stem}.{digest[:16]}.safetensors")
+    move_durably(paths[0], final)
+    written.insert(0, WrittenFile(final.name, plans[0].size, digest))
