@@ -1,0 +1,158 @@
+"""The program: its commands, and the one place where an exception becomes an exit code."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+import m27quant
+from m27quant.cli import env
+from m27quant.cli.output import Mode, Output
+from m27quant.errors import EnvironmentFault, Interrupted, M27Error, UsageError
+
+BROKEN_PIPE = 128 + signal.SIGPIPE
+"""What the shell reports of any program whose reader went away."""
+
+INTERRUPTED = 128 + signal.SIGINT
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO}
+"""System errors that say something about the machine and nothing about our code."""
+
+app = typer.Typer(
+    name="m27quant",
+    help="Quantize MiniMax-M2.x to NVFP4, prove the result, and run it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"m27quant {m27quant.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-V", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Quantize MiniMax-M2.x to NVFP4, prove the result, and run it."""
+
+
+app.command("env")(env.env)
+
+
+class _Stop:
+    """Sends SIGTERM down the way of Ctrl-C, and remembers which of the two it was."""
+
+    signum = signal.SIGINT
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signal.Signals(signum)
+        raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program on `argv` (default: the process's arguments) and return its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # What an ASCII terminal cannot show appears as escapes.
+    stop = _Stop()
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        code = _run(args, stop)
+        sys.stdout.flush()
+    except OSError as error:
+        _abandon_stdout()
+        code = BROKEN_PIPE if isinstance(error, BrokenPipeError) else EnvironmentFault.exit_code
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return code
+
+
+def _run(args: list[str], stop: _Stop) -> int:
+    """The program without its process: every exception but a reader's going away becomes an exit code here."""
+    try:
+        result = app(args=args, prog_name="m27quant", standalone_mode=False)
+    except M27Error as error:
+        if isinstance(error, Interrupted):
+            error.exit_code = 128 + stop.signum
+        return _report(args, error, error)
+    except typer.TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.message, err=True)
+            return UsageError.exit_code
+        return _report(args, _usage_error(error), error)
+    except typer.Abort:
+        result = INTERRUPTED
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # Typer's own answer to it is exit code 1.
+            raise error.__context__ from None
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the last net: whatever falls here is the machine or a bug
+        return _report(args, _surroundings(error) or _bug(error), error)
+    if result == INTERRUPTED:  # Typer's answer to KeyboardInterrupt.
+        return _report(args, Interrupted(f"stopped by {stop.signum.name}", signum=stop.signum))
+    return result if isinstance(result, int) else 0
+
+
+def _report(args: list[str], fault: M27Error, cause: Exception | None = None) -> int:
+    before_dashes = args[: args.index("--")] if "--" in args else args
+    output = Output(Mode.JSON if "--json" in before_dashes else Mode.HUMAN)
+    debug = cause is not None and os.environ.get("M27QUANT_DEBUG", "") not in ("", "0")
+    output.error(fault, traceback="".join(traceback.format_exception(cause)) if debug else None)
+    return fault.exit_code
+
+
+def _usage_error(error: typer.TyperException) -> M27Error:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "m27quant"
+    return UsageError(error.format_message(), hint=f"see `{command} --help`")
+
+
+def _surroundings(error: Exception) -> M27Error | None:
+    """The fault of disk, memory or device behind an exception that no room has named better."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        where = f": {error.filename}" if error.filename else ""
+        return EnvironmentFault(
+            f"{error.strerror}{where}", hint="see `m27quant env` for this machine's limits"
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return EnvironmentFault(
+            f"out of memory: {error}" if str(error) else "out of memory",
+            hint="lower --max-memory, or see `m27quant env` for this machine's limits",
+        )
+    return None
+
+
+def _bug(error: Exception) -> M27Error:
+    return M27Error(
+        f"internal error, a bug in m27quant: {type(error).__name__}: {error}",
+        hint="set M27QUANT_DEBUG=1 for the traceback and report it with the output of `m27quant env`",
+    )
+
+
+def _abandon_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush stays silent."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
