@@ -1,0 +1,57 @@
+"""Which implementation of an operation runs on a device, and why.
+
+All implementations of an operation give the same bytes, so the choice is one of speed alone.
+`M27QUANT_KERNELS=reference` forces plain torch everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, NamedTuple
+
+import torch
+
+from m27quant.kernels import native
+
+Backend = Literal["reference", "cpu-native", "triton"]
+
+ENVIRONMENT_VARIABLE = "M27QUANT_KERNELS"
+
+_COMPILED = frozenset({"nvfp4_pack", "fp8_dequant"})
+"""Operations with a compiled CPU implementation."""
+
+_TRITON = frozenset({"nvfp4_pack"})
+"""Operations with a Triton implementation for CUDA."""
+
+
+class Choice(NamedTuple):
+    """The implementation taken and the reason, in words for `m27quant env`."""
+
+    backend: Backend
+    reason: str
+
+
+def choose(op: str, device: torch.device | str) -> Choice:
+    """The backend that `op` (a folder of `m27quant.kernels`) takes on `device`."""
+    wish = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if wish == "reference":
+        return Choice("reference", f"{ENVIRONMENT_VARIABLE}=reference")
+    if wish:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} may be 'reference' or unset")
+    kind = torch.device(device).type
+    if kind == "cpu" and op in _COMPILED:
+        library = native.load()
+        if library.error is None:
+            return Choice("cpu-native", f"compiled core, {library.isa}, {torch.get_num_threads()} threads")
+        return Choice("reference", library.error)
+    if kind == "cuda" and op in _TRITON:
+        return _triton()
+    return Choice("reference", f"plain torch on {kind}")
+
+
+def _triton() -> Choice:
+    try:
+        import triton
+    except ImportError as error:
+        return Choice("reference", f"Triton cannot be imported: {error}")
+    return Choice("triton", f"Triton {triton.__version__}")
