@@ -15,10 +15,10 @@ LOGIT_ATOL: Final = 2e-5
 """Our F32 decoder layer against transformers: the same products summed in another order."""
 
 BF16_STEP: Final = 2.0**-7
-"""One BF16 step relative to the value (8 significant bits): how far two orders of summation may move an amax."""
+"""One BF16 step relative to the value (8 significant bits): what another order of summation does to an amax."""
 
 SQNR_SAME_MATH_DB: Final = 50.0
-"""Two BF16 implementations of one product, each accumulating in F32: rounding of the result only (about 56 dB)."""
+"""Two BF16 implementations of one product, each accumulating in F32: only the result is rounded."""
 
 SQNR_NVFP4_WEIGHT_DB: Final = 19.0
 """NVFP4 of a Gaussian matrix against the matrix itself (theory: about 20.7 dB with E4M3 scales of 16)."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import getpass
 import importlib.metadata
 import os
+import pkgutil
 import platform
+import re
 import resource
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,8 +35,8 @@ PACKAGES = (
     "pydantic",
 )
 SIMD = (
-    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
-    "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
+    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16",
+    "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
 """Instruction sets that the kernels care about, as Linux names them."""
 
@@ -72,13 +74,13 @@ class Environment:
 
 
 def describe_environment() -> Environment:
-    """Look at the installation and the machine; a package that is missing or broken is reported, not raised."""
+    """Look at the installation and the machine; what is missing or broken is reported, not raised."""
     devices, advice = _devices()
     virtual = psutil.virtual_memory()
     return Environment(
         m27quant=m27quant.__version__,
         python=f"{platform.python_implementation()} {platform.python_version()}",
-        system=f"{platform.system()} {platform.machine()}, {'-'.join(platform.libc_ver()).strip('-') or 'no libc'}",
+        system=" ".join(filter(None, (platform.system(), platform.machine(), *platform.libc_ver()))),
         packages={name: _version(name) for name in PACKAGES},
         cpu={
             "model": _cpu_model(),
@@ -90,7 +92,7 @@ def describe_environment() -> Environment:
         memory={"total_bytes": virtual.total, "available_bytes": virtual.available},
         limits=_limits(),
         devices=devices,
-        kernels=_kernels(),
+        kernels=_kernels(devices),
         hub=_hub(),
         advice=advice,
     )
@@ -106,7 +108,7 @@ def anonymous(path: str | os.PathLike[str]) -> str:
         user = getpass.getuser()
     except (KeyError, OSError):  # A container's user without an entry in the password file.
         return text
-    return os.sep.join("<user>" if part == user else part for part in text.split(os.sep))
+    return re.sub(rf"(?<![^/]){re.escape(user)}(?![^/])", "<user>", text)
 
 
 def _version(package: str) -> str | None:
@@ -197,8 +199,22 @@ def _devices() -> tuple[list[Device], list[str]]:
     return devices, []
 
 
-def _kernels() -> list[dict[str, str]]:
-    return []
+def _kernels(devices: list[Device]) -> list[dict[str, str]]:
+    """The backend that each operation takes on the CPU and on the first accelerator."""
+    try:
+        from m27quant import kernels
+        from m27quant.kernels.dispatch import choose
+    except (ImportError, OSError):
+        return []  # No torch: said above.
+    found = []
+    operations = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg)
+    for operation in operations:
+        for device in ("cpu", *(device.device for device in devices[:1])):
+            choice = choose(operation, device)
+            found.append(
+                {"op": operation, "device": device, "backend": choice.backend, "reason": choice.reason}
+            )
+    return found
 
 
 def _hub() -> dict[str, Any]:

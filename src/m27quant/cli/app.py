@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: list[str], stop: _Stop) -> int:
-    """The program without its process: every exception but a reader's going away becomes an exit code here."""
+    """The program without its process: any exception but a reader's leaving becomes an exit code."""
     try:
         result = app(args=args, prog_name="m27quant", standalone_mode=False)
     except M27Error as error:

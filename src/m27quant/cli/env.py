@@ -1,8 +1,9 @@
-"""`m27quant env`: what is installed, what the machine offers, what will be used. Nothing that tells whose it is."""
+"""`m27quant env`: what is installed, what the machine offers, what will be used, but not whose it is."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -10,6 +11,9 @@ from rich.text import Text
 from m27quant.cli import options
 from m27quant.cli.output import Output, grid, pairs
 from m27quant.cli.units import format_size
+
+if TYPE_CHECKING:
+    from m27quant.environment import Environment
 
 
 def env(json: options.Json = False, quiet: options.Quiet = False) -> None:
@@ -20,48 +24,39 @@ def env(json: options.Json = False, quiet: options.Quiet = False) -> None:
     facts = describe_environment()
     for advice in facts.advice:
         output.warning(advice)
-    output.result(facts.document(), human=_render(facts.document()), quiet=facts.m27quant)
+    output.result(facts.document(), human=_render(facts), quiet=facts.m27quant)
 
 
-def _render(facts: dict[str, Any]) -> RenderableType:
-    cpu, memory = facts["cpu"], facts["memory"]
-    sections: dict[str, dict[str, Any]] = {
-        "versions": {"m27quant": facts["m27quant"], "python": facts["python"], **facts["packages"]},
-        "machine": {
-            "system": facts["system"],
-            "cpu": cpu["model"],
-            "cores": f"{cpu['usable']} usable of {cpu['logical']} ({cpu['physical'] or 'unknown'} physical)",
-            "simd": cpu["simd"],
-            "memory": f"{format_size(memory['available_bytes'])} available of {format_size(memory['total_bytes'])}",
-            **{f"limit {name}": _limit(name, value) for name, value in facts["limits"].items()},
-        },
-        "hub": facts["hub"],
+def _render(facts: Environment) -> RenderableType:
+    cpu, memory = facts.cpu, facts.memory
+    available, total = (format_size(memory[f"{name}_bytes"]) for name in ("available", "total"))
+    physical = cpu["physical"] or "unknown"
+    machine = {
+        "system": facts.system,
+        "cpu": cpu["model"],
+        "cores": f"{cpu['usable']} usable of {cpu['logical']} ({physical} physical)",
+        "simd": cpu["simd"],
+        "memory": f"{available} available of {total}",
     }
-    parts: list[RenderableType] = []
-    for title, values in sections.items():
-        parts += [
-            Text(title, style="bold"),
-            pairs({k: "none" if v is None else v for k, v in values.items()}),
-        ]
-        parts.append("")
-    parts.append(Text("devices", style="bold"))
-    if facts["devices"]:
-        parts.append(
-            grid(
-                ("device", "name", "memory", "compute capability"),
-                [
-                    (d["device"], d["name"], format_size(d["memory_bytes"]), d["compute_capability"])
-                    for d in facts["devices"]
-                ],
-            )
-        )
-    else:
-        parts.append(Text("cpu only"))
-    if facts["kernels"]:
-        parts += ["", Text("kernels", style="bold")]
-        rows = [(k["op"], k["device"], k["backend"], k["reason"]) for k in facts["kernels"]]
-        parts.append(grid(("op", "device", "backend", "why"), rows))
-    return Group(*parts)
+    limits = {
+        f"limit on {name.removesuffix('_bytes')}".replace("_", " "): _limit(name, v)
+        for name, v in facts.limits.items()
+    }
+    devices = [(d.device, d.name, format_size(d.memory_bytes), d.compute_capability) for d in facts.devices]
+    kernels = [(k["op"], k["device"], k["backend"], k["reason"]) for k in facts.kernels]
+    versions = {"m27quant": facts.m27quant, "python": facts.python, **facts.packages}
+    sections: dict[str, RenderableType] = {
+        "versions": pairs(_with_none(versions)),
+        "machine": pairs(machine | limits),
+        "hub": pairs(_with_none(facts.hub)),
+        "devices": grid(("device", "name", "memory", "compute capability"), devices) if devices else "none",
+        "kernels": grid(("op", "device", "backend", "why"), kernels) if kernels else "none",
+    }
+    return Group(*(Group(Text(title, style="bold"), body, "") for title, body in sections.items()))
+
+
+def _with_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: "none" if value is None else value for name, value in values.items()}
 
 
 def _limit(name: str, value: int | float | None) -> str:

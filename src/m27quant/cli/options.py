@@ -36,7 +36,7 @@ class Token:
 
 
 def parse_device(text: str) -> str:
-    """`auto`, `cpu`, `cuda` or `cuda:1`, checked for form alone: whether it exists is seen when it is used."""
+    """`auto`, `cpu`, `cuda` or `cuda:1`; only the form is checked, as asking for devices imports torch."""
     if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text, re.ASCII) is None:
         raise ValueError(f"{text!r} is not a device; write auto, cpu, cuda or cuda:0")
     return text

@@ -1,9 +1,9 @@
 """Where everything that a command says goes: data to stdout, all else to stderr.
 
-Three modes.  *human*: text and tables.  *json*: stdout holds one document with `schema_version`; every line of
-stderr is one JSON object too, with one of the keys `warning`, `hint`, `progress`, `error`.  *quiet*: stdout holds
-the bare values, stderr only errors.  Whatever comes from a file is printed literally: never as markup, its control
-characters as escapes.
+Three modes.  *human*: text and tables.  *json*: stdout holds one document with `schema_version`; every line
+of stderr is one JSON object too, with one of the keys `warning`, `hint`, `progress`, `error`.  *quiet*:
+stdout holds the bare values, stderr only errors.  Whatever comes from a file is printed literally: never as
+markup, its control characters as escapes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Output:
     def table(
         self, rows: Sequence[Mapping[str, Any]], *, columns: Mapping[str, str], key: str = "rows"
     ) -> None:
-        """A list: `columns` maps the rows' keys to headings. In quiet mode only the first column is written."""
+        """A list: `columns` maps the rows' keys to headings; quiet mode writes the first column alone."""
         if self.mode is Mode.JSON:
             self._write(_dumps({"schema_version": SCHEMA_VERSION, key: list(rows)}, indent=2))
         elif self.mode is Mode.QUIET:
@@ -155,8 +155,10 @@ class Output:
     def _show(self, renderable: RenderableType) -> None:
         if isinstance(renderable, str):
             renderable = Text(clean(renderable))
-        self.console.print(renderable, soft_wrap=isinstance(renderable, Text))
-        self.stdout.flush()
+        with self.console.capture() as captured:
+            self.console.print(renderable, soft_wrap=isinstance(renderable, Text))
+        lines = captured.get().rstrip("\n").split("\n")
+        self._write("\n".join(line.rstrip() for line in lines))  # Rich pads cells and lines to full width.
 
     def _write(self, text: str) -> None:
         self.stdout.write(text + "\n")
@@ -191,7 +193,7 @@ class _LogHandler(logging.Handler):
 
 
 def clean(value: object) -> str:
-    """Text without control, bidirectional or other invisible characters: those appear as escapes; newlines stay."""
+    """Text with its control, bidirectional and other invisible characters as escapes; newlines stay."""
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in str(value)
     )
