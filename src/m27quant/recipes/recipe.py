@@ -1,0 +1,75 @@
+"""A recipe as the rest of the house sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from m27quant.errors import RecipeError
+from m27quant.recipes.resolve import ResolvedRecipe, Rule, resolve
+from m27quant.recipes.schema import Calibration, MoeCalib, Quantize
+from m27quant.recipes.strict_yaml import Place
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A checked recipe: what to quantize (`quantize`, in modelopt's terms), on which data (`calibration`)."""
+
+    name: str
+    source: str
+    """ "builtin", "modelopt_recipes/..." or the file it was read from."""
+    description: str
+    quantize: Quantize
+    calibration: Calibration
+    places: tuple[Place, ...]
+    """Where each entry of `quantize.quant_cfg` is written."""
+    notices: tuple[str, ...] = ()
+    """Where m27quant does otherwise than modelopt would with the same file."""
+
+    @property
+    def moe_calib(self) -> MoeCalib:
+        return self.calibration.moe_calib
+
+    def resolve(self, module_names: Iterable[str]) -> ResolvedRecipe:
+        """Decide for every module of a model.
+
+        Args:
+            module_names: linear modules by their official names, without `.weight`; embeddings and norms may
+                be among them.
+
+        Raises:
+            RecipeError: a pattern matches nothing, or asks for what m27quant does not write.
+        """
+        rules = [Rule(e, p) for e, p in zip(self.quantize.quant_cfg, self.places, strict=True)]
+        return resolve(rules, module_names, name=self.name, moe_calib=self.moe_calib, notices=self.notices)
+
+    def with_calibration(self, **changes: Any) -> Recipe:
+        """Return the recipe with fields of `calibration` replaced (None leaves one), checked as in a file."""
+        values = {k: getattr(self.calibration, k) for k in Calibration.model_fields}
+        values |= {k: v for k, v in changes.items() if v is not None}
+        try:
+            calibration = Calibration.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"])
+            raise RecipeError(f"calibration.{field}: {first['msg']}") from None
+        return dataclasses.replace(self, calibration=calibration)
+
+    def canonical(self) -> dict[str, Any]:
+        """Return all that bears on the result, as JSON values; equal for a name, its alias and a copy."""
+        entries = [e.model_dump(mode="json", exclude_defaults=True) for e in self.quantize.quant_cfg]
+        return {
+            "quant_cfg": entries,
+            "algorithm": self.quantize.algorithm.method,
+            "calibration": self.calibration.model_dump(mode="json"),
+        }
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of `canonical()` in hexadecimal."""
+        text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
