@@ -1,0 +1,285 @@
+"""Calibration rows: from a Hub data set or a local file to sequences of token ids, without padding.
+
+Rows are taken as nvidia-modelopt takes them: in order, each data set its share, cut to `seq_len` tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from m27quant.calib.tokenize import Tokenize
+from m27quant.errors import CheckpointError, EnvironmentFault, UsageError, escape
+from m27quant.recipes.schema import Calibration, Dataset
+
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".py", ".rst")
+TEXT_FIELDS = ("text", "article", "content", "prompt")
+CHAT_FIELDS = ("messages", "conversations")
+MAX_LINE_BYTES = 64 * 2**20
+HUB_DATASET = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+SHUFFLE_BUFFER = 10_000
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Token sequences one after another."""
+
+    ids: torch.Tensor
+    """int64 [T] of all sequences."""
+    lengths: tuple[int, ...]
+    digest: str
+    """SHA-256 of ids and lengths: two runs with the same digest saw the same tokens."""
+    sources: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+def parse_dataset(argument: str) -> Dataset:
+    """What `--dataset` names: an existing file, else a Hub data set.
+
+    Raises:
+        UsageError: neither.
+    """
+    path = Path(argument).expanduser()
+    if path.exists():
+        return Dataset(path=str(path))
+    if argument.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", *TEXT_SUFFIXES):
+        raise UsageError(f"--dataset {escape(argument)}: no such file")
+    if not HUB_DATASET.fullmatch(argument):
+        raise UsageError(f"--dataset {escape(argument)}: neither a file nor the id of a Hub data set")
+    return Dataset(path=argument)
+
+
+def load_sequences(
+    plan: Calibration, tokenizer_folder: Path, *, vocab_size: int, max_length: int, seed: int = 0, offline: bool = False,
+    token: str | None = None,
+) -> tuple[Sequences, list[str]]:  # fmt: skip
+    """Read the rows that `plan` asks for; returns them and notices (fewer rows than asked, for instance).
+
+    Args:
+        plan: data sets, number of samples and their length in tokens.
+        tokenizer_folder: where tokenizer.json and the chat template are; only read when a row needs them.
+        vocab_size: ids must be below it.
+        max_length: the longest sequence the model takes; rows of `input_ids` are not cut to `seq_len`.
+        seed: 0 takes rows in order; another number shuffles them.
+        offline: do not ask the Hub.
+        token: the Hub's access token.
+
+    Raises:
+        UsageError: no rows at all.
+        CheckpointError: a damaged data file or a row that cannot be used.
+        EnvironmentFault: a data set that is gated, unknown, or not to be had offline.
+    """
+    encode = _Encoder(tokenizer_folder, plan.seq_len, vocab_size, max_length)
+    sequences: list[list[int]] = []
+    notices: list[str] = []
+    for dataset, count in _shares(plan):
+        for split, part in _split_shares(dataset, count):
+            rows = _rows(dataset, split, seed, offline, token, encode)
+            taken = list(itertools.islice(rows, part))
+            if len(taken) < part:
+                notices.append(f"{escape(dataset.path)} ({split}) gave {len(taken)} of {part} rows")
+            sequences += taken
+    if not sequences:
+        raise UsageError("the calibration data hold no usable row", hint="pass --dataset FILE with `text`, `messages` or `input_ids`")
+    return _join(sequences, tuple(d.path for d in plan.datasets)), notices
+
+
+def _join(sequences: Sequence[list[int]], sources: tuple[str, ...]) -> Sequences:
+    ids = torch.tensor(list(itertools.chain.from_iterable(sequences)), dtype=torch.int64)
+    lengths = tuple(len(s) for s in sequences)
+    digest = hashlib.sha256(json.dumps(lengths).encode() + ids.to(torch.int32).numpy().tobytes()).hexdigest()
+    return Sequences(ids, lengths, digest, sources)
+
+
+def _shares(plan: Calibration) -> Iterator[tuple[Dataset, int]]:
+    """Divide num_samples by weight; what does not divide goes to the first ones."""
+    total = sum(d.weight for d in plan.datasets)
+    given = 0
+    running = 0
+    for dataset in plan.datasets:
+        running += dataset.weight
+        upto = -(-plan.num_samples * running // total)
+        yield dataset, upto - given
+        given = upto
+
+
+def _split_shares(dataset: Dataset, count: int) -> Iterator[tuple[str, int]]:
+    if Path(dataset.path).is_file():
+        yield "file", count
+        return
+    given = 0
+    for i, split in enumerate(dataset.splits):
+        upto = -(-count * (i + 1) // len(dataset.splits))
+        yield split, upto - given
+        given = upto
+
+
+class _Encoder:
+    """One row to token ids; the tokenizer is read only when a row needs it."""
+
+    def __init__(self, folder: Path, seq_len: int, vocab_size: int, max_length: int) -> None:
+        self.seq_len = seq_len
+        self._folder, self._vocab_size, self._max_length = folder, vocab_size, max_length
+        self._tokenize: Tokenize | None = None
+
+    @property
+    def tokenize(self) -> Tokenize:
+        if self._tokenize is None:
+            self._tokenize = Tokenize(self._folder)
+        return self._tokenize
+
+    def row(self, row: dict[str, Any], dataset: Dataset, where: str) -> list[int]:
+        field = dataset.field or next((f for f in ("input_ids", *CHAT_FIELDS, *TEXT_FIELDS) if f in row), None)
+        if field is None or field not in row:
+            wanted = f"`{field}`" if field else "`input_ids`, `messages` or `text`"
+            raise CheckpointError(f"{where}: no {wanted} in a row with the keys {escape(sorted(map(str, row)))}")
+        value = row[field]
+        if isinstance(value, str):
+            return self.check(self.tokenize.text(value, self.seq_len), where)
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return self.check(self._chat(value, row, dataset, where), where)
+        if isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            return self.check(_without_padding(value, row.get("attention_mask"), where), where)
+        raise CheckpointError(f"{where}: `{escape(field)}` is neither text, nor chat messages, nor a list of token ids")
+
+    def _chat(self, messages: list[dict[str, Any]], row: dict[str, Any], dataset: Dataset, where: str) -> list[int]:
+        if dataset.chat == "template":
+            return self.tokenize.chat(messages, row.get("tools"), self.seq_len)
+        try:
+            text = "\n".join(str(turn["content"]) for turn in messages)
+        except (KeyError, TypeError):
+            raise CheckpointError(f"{where}: a chat turn without `content`") from None
+        return self.tokenize.text(text, self.seq_len)
+
+    def check(self, ids: list[int], where: str) -> list[int]:
+        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+            bad = next(i for i in ids if not 0 <= i < self._vocab_size)
+            raise CheckpointError(f"{where}: token id {bad} is outside of the vocabulary of {self._vocab_size}")
+        if len(ids) > self._max_length:
+            raise CheckpointError(f"{where}: {len(ids)} tokens, the model takes at most {self._max_length}")
+        return ids
+
+
+def _without_padding(ids: list[int], mask: Any, where: str) -> list[int]:
+    """The ids whose attention_mask is not 0: padding never counts."""
+    if mask is None:
+        return ids
+    if not isinstance(mask, list) or len(mask) != len(ids):
+        raise CheckpointError(f"{where}: attention_mask and input_ids differ in length")
+    return [i for i, kept in zip(ids, mask, strict=True) if kept]
+
+
+def _rows(
+    dataset: Dataset, split: str, seed: int, offline: bool, token: str | None, encode: _Encoder
+) -> Iterator[list[int]]:
+    """Token ids of the rows that are not empty, in the order in which they count."""
+    path = Path(dataset.path).expanduser()
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{escape(path)}: calibration data is a file (JSONL, Parquet, text) or a Hub data set, not a folder")
+    if path.is_file() and path.suffix in TEXT_SUFFIXES:
+        yield from _shuffled(_windows(path, encode), seed)
+        return
+    rows: Iterable[tuple[str, dict[str, Any]]]
+    if path.is_file():
+        reader: Callable[[Path], Iterator[tuple[str, dict[str, Any]]]] = _parquet if path.suffix == ".parquet" else _jsonl
+        rows = _shuffled(reader(path), seed)
+    else:
+        rows = _streamed(dataset, split, seed, offline, token)
+    for where, row in rows:
+        ids = encode.row(row, dataset, where)
+        if ids:
+            yield ids
+
+
+def _shuffled(rows: Iterator[T], seed: int) -> Iterator[T]:
+    if seed == 0:
+        return rows
+    everything = list(rows)
+    random.Random(seed).shuffle(everything)
+    return iter(everything)
+
+
+def _windows(path: Path, encode: _Encoder) -> Iterator[list[int]]:
+    """A text file as consecutive windows of `seq_len` tokens."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise CheckpointError(f"{escape(path)}: not UTF-8 at byte {fault.start}") from None
+    ids = encode.tokenize.text(text)
+    for begin in range(0, len(ids), encode.seq_len):
+        yield encode.check(ids[begin : begin + encode.seq_len], escape(path))
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+                where = f"{escape(path)}, line {number}"
+                if len(line) > MAX_LINE_BYTES:
+                    raise CheckpointError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes")
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as fault:
+                    raise CheckpointError(f"{where}: not valid JSON ({escape(fault)})") from None
+                if not isinstance(row, dict):
+                    raise CheckpointError(f"{where}: a row must be an object, found {type(row).__name__}")
+                yield where, row
+    except OSError as fault:
+        raise EnvironmentFault(f"{escape(path)}: cannot be read ({fault.strerror})") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{escape(path)}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as fault:
+        raise CheckpointError(f"{escape(path)}: not a readable Parquet file ({escape(fault)})") from None
+
+
+def _streamed(
+    dataset: Dataset, split: str, seed: int, offline: bool, token: str | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a Hub data set without downloading all of it."""
+    import datasets
+    import huggingface_hub.constants
+
+    where = f"{escape(dataset.path)} ({split})"
+    hint = "pass --dataset FILE with local JSONL, Parquet or text; for gated data accept the terms on its page and `hf auth login`"
+    if offline or huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise EnvironmentFault(f"calibration data {where} is on the Hub, and offline mode is on", hint=hint)
+    try:
+        rows = datasets.load_dataset(
+            dataset.path, dataset.config, split=split, revision=dataset.revision, streaming=True, token=token
+        )
+        if seed:
+            rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        for number, row in enumerate(rows, start=1):
+            yield f"{where}, row {number}", row
+    except (CheckpointError, UsageError):
+        raise
+    except Exception as fault:  # noqa: BLE001 - network, gating and parsing faults of many libraries
+        first = escape(str(fault).partition("\n")[0])
+        raise EnvironmentFault(f"calibration data {where} cannot be read: {first}", hint=hint) from None

@@ -1,0 +1,68 @@
+"""The source's own tokenizer and chat template: read as data, nothing of the checkpoint's code is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from m27quant.checkpoint.strict_json import read_object
+from m27quant.errors import CheckpointError, UsageError, escape
+
+
+class Tokenize:
+    """Text or chat rows to token ids, with tokenizer.json of a checkpoint folder as it stands.
+
+    transformers' tokenizer classes are kept out: version 5 replaces the pre-tokenizer of M2's class.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read tokenizer.json.
+
+        Raises:
+            CheckpointError: missing or damaged.
+        """
+        from tokenizers import Tokenizer
+
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{escape(folder)}: no tokenizer.json, so text cannot become tokens",
+                hint="fetch it, or pass --dataset rows that hold `input_ids`",
+            )
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as fault:  # noqa: BLE001 - the library raises bare Exception
+            raise CheckpointError(f"{escape(path)}: not a tokenizer ({escape(fault)})") from None
+        self._folder = folder
+        self._template: str | None = None
+
+    def text(self, text: str, limit: int | None = None) -> list[int]:
+        """Token ids of `text`, at most `limit`, with the special tokens that the tokenizer adds by itself."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids[:limit]
+
+    def chat(self, messages: list[dict[str, Any]], tools: Any, limit: int | None = None) -> list[int]:
+        """Token ids of a conversation in the checkpoint's chat template."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered, _ = render_jinja_template([messages], tools=tools, chat_template=self._chat_template())
+        except Exception as fault:  # noqa: BLE001 - a template may raise whatever it likes
+            raise CheckpointError(f"the chat template refuses a calibration row: {escape(fault)}") from None
+        ids: list[int] = self._tokenizer.encode(rendered[0], add_special_tokens=False).ids
+        return ids[:limit]
+
+    def _chat_template(self) -> str:
+        if self._template is None:
+            path = self._folder / "chat_template.jinja"
+            config = self._folder / "tokenizer_config.json"
+            if path.is_file():
+                self._template = path.read_text(encoding="utf-8")
+            elif config.is_file():
+                self._template = read_object(config).get("chat_template")
+            if not isinstance(self._template, str):
+                raise UsageError(
+                    f"{escape(self._folder)}: no chat template, but the data has chat rows",
+                    hint="add chat_template.jinja, or use rows with `text` or `input_ids`",
+                )
+        return self._template

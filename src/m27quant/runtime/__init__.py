@@ -1,0 +1,1 @@
+"""The model: one definition of the decoder layer, for calibration and for inference."""

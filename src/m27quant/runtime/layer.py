@@ -1,0 +1,147 @@
+"""The MiniMax-M2 decoder layer: the one definition, in plain functions on tensors.
+
+Calibration runs it with BF16 weights and observers, a full forward pass with any dtype.  Order of operations and
+places of rounding are those of transformers' `minimax_m2` (>= 5.18), which serves as oracle in the tests; the
+router is always computed in F32, as the official checkpoint stores it.
+
+Shapes: T tokens, D hidden, H query heads, J key/value heads, C head_dim, R rotary_dim, E experts, K experts per
+token, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from m27quant.checkpoint.config import M2Config
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(q [T,H,C], k [T,J,C], v [T,J,C]) -> [T,H,C]: the attention core, k after norm and rotation, v as projected.
+
+Whoever calls the layer decides what sequences the T tokens form, where keys and values are kept, who observes them.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """One layer's attention: projections [out, in], norms [D], [H*C], [J*C]."""
+
+    input_layernorm: torch.Tensor
+    q_proj: torch.Tensor
+    k_proj: torch.Tensor
+    v_proj: torch.Tensor
+    o_proj: torch.Tensor
+    q_norm: torch.Tensor
+    k_norm: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RouterWeights:
+    """One layer's router: post-attention norm [D], gate [E, D] and selection bias [E] in F32."""
+
+    post_attention_layernorm: torch.Tensor
+    gate: torch.Tensor
+    e_score_correction_bias: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Which experts each token goes to and how much each counts: [T, K] int64 and [T, K] F32, rows sum to 1."""
+
+    experts_TK: torch.Tensor
+    weights_TK: torch.Tensor
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension; statistics in F32, the result in x's dtype.
+
+    The normalised value is rounded to x's dtype before it meets the weight.
+    """
+    x_f32 = x.float()
+    x_f32 = x_f32 * torch.rsqrt(x_f32.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * x_f32.to(x.dtype)
+
+
+def rotary_table(positions_T: torch.Tensor, config: M2Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [T, 1, R] of rotary embedding over the first R dimensions of a head (NeoX pairing i, i + R/2)."""
+    exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=positions_T.device)
+    inv_freq = 1.0 / (config.rope_theta ** (exponents / config.rotary_dim))
+    angles = positions_T.float()[:, None] * inv_freq
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_THC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Apply rotary embedding to the first R dimensions of each head; the others pass."""
+    r = cos.shape[-1]
+    turned, passed = x_THC[..., :r], x_THC[..., r:]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, passed), dim=-1)
+
+
+def attention_block(
+    x_TD: torch.Tensor, w: AttentionWeights, config: M2Config, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend
+) -> torch.Tensor:
+    """x + attention(norm(x)), [T, D]."""
+    h = rms_norm(x_TD, w.input_layernorm, config.rms_norm_eps)
+    # the norms run over all heads together, not per head
+    q = rms_norm(F.linear(h, w.q_proj), w.q_norm, config.rms_norm_eps)
+    k = rms_norm(F.linear(h, w.k_proj), w.k_norm, config.rms_norm_eps)
+    v = F.linear(h, w.v_proj)
+    q_THC, k_TJC, v_TJC = (t.view(len(t), -1, config.head_dim) for t in (q, k, v))
+    out = attend(rotate(q_THC, *rotary), rotate(k_TJC, *rotary), v_TJC)
+    return x_TD + F.linear(out.reshape(len(out), -1), w.o_proj)
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Full causal attention of one sequence, grouped queries; scale C**-0.5."""
+    groups = q.shape[1] // k.shape[1]
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+
+
+def moe_input(x_TD: torch.Tensor, w: RouterWeights, config: M2Config) -> torch.Tensor:
+    """What router and experts see, [T, D]."""
+    return rms_norm(x_TD, w.post_attention_layernorm, config.rms_norm_eps)
+
+
+def route(h_TD: torch.Tensor, w: RouterWeights, num_experts_per_tok: int) -> Routing:
+    """Sigmoid scores in F32; the bias helps to choose, it does not weigh; chosen scores are normalised to sum 1."""
+    scores_TE = torch.sigmoid(F.linear(h_TD.float(), w.gate.float()))
+    chosen = scores_TE + w.e_score_correction_bias.float()
+    experts_TK = torch.topk(chosen, num_experts_per_tok, dim=-1, sorted=False).indices
+    weights_TK = scores_TE.gather(1, experts_TK)
+    return Routing(experts_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True))
+
+
+def gated_activation(h_TD: torch.Tensor, w1_ID: torch.Tensor, w3_ID: torch.Tensor) -> torch.Tensor:
+    """silu(h w1^T) * (h w3^T), [T, I]: what an expert's w2 sees."""
+    return F.silu(F.linear(h_TD, w1_ID)) * F.linear(h_TD, w3_ID)
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Tokens that are routed to one expert: their rows and weights."""
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+
+
+def assignments(routing: Routing, num_experts: int) -> list[Assignment]:
+    """Per expert the tokens routed to it, in token order."""
+    flat = routing.experts_TK.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=num_experts).tolist()
+    rows = (order // routing.experts_TK.shape[1]).split(counts)
+    weights = routing.weights_TK.reshape(-1)[order].split(counts)
+    return [Assignment(r, w) for r, w in zip(rows, weights, strict=True)]
+
+
+def add_expert(y_TD: torch.Tensor, act_NI: torch.Tensor, w2_DI: torch.Tensor, to: Assignment) -> None:
+    """Add one expert's weighted output for its N tokens to y, in y's dtype."""
+    out_ND = F.linear(act_NI, w2_DI) * to.weights[:, None]
+    y_TD.index_add_(0, to.rows, out_ND.to(y_TD.dtype))

@@ -1,0 +1,79 @@
+"""Weights of a source checkpoint as the layer wants them: BF16 (or F32) tensors on a device."""
+
+from __future__ import annotations
+
+import torch
+
+from m27quant.checkpoint import names
+from m27quant.checkpoint.source import Source
+from m27quant.errors import CheckpointError, escape
+from m27quant.kernels import fp8_dequant
+from m27quant.runtime.layer import AttentionWeights, RouterWeights
+
+
+def read_plain(source: Source, name: str) -> torch.Tensor:
+    """A tensor that is passed through, checked for NaN and Inf."""
+    tensor = source.read(name)
+    refuse_non_finite(name, tensor)
+    return tensor
+
+
+def refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise `CheckpointError` naming the tensor, how many values are NaN or Inf, and where the first one is."""
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):  # cheap; only a suspicion is counted
+        return
+    bad = ~torch.isfinite(tensor.float())
+    if count := int(bad.sum()):
+        first = tuple(bad.nonzero()[0].tolist())
+        raise CheckpointError(
+            f"tensor '{escape(name)}' holds {count} NaN or Inf values, the first at {list(first)}",
+            hint="the source is damaged; download the shard again",
+        )
+
+
+def read_linear(source: Source, module: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, weight_scale_inv) of a linear as stored: FP8 [N, K] with F32 block scales, or BF16 with None."""
+    weight = source.read(f"{module}.weight").to(device)
+    if weight.dtype != torch.float8_e4m3fn:
+        return weight, None
+    return weight, source.read(f"{module}.weight_scale_inv").to(device)
+
+
+def dequantize_linear(source: Source, module: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A linear's weight [N, K]: the BF16 dequantization of the source, converted to `dtype`.
+
+    Raises:
+        CheckpointError: NaN or Inf in weight or scale, naming the tensor.
+    """
+    weight, scale = read_linear(source, module, device)
+    if scale is not None:
+        refuse_non_finite(f"{module}.weight_scale_inv", scale)
+        block = source.config.weight_block_size
+        assert block is not None
+        weight = fp8_dequant.dequantize(weight, scale, block=block)
+    refuse_non_finite(f"{module}.weight", weight)
+    return weight.to(dtype)
+
+
+def attention_weights(source: Source, layer: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> AttentionWeights:
+    prefix = names.attention(layer)
+
+    def plain(name: str) -> torch.Tensor:
+        return read_plain(source, name).to(device, dtype)
+
+    projections = {p: dequantize_linear(source, f"{prefix}.{p}", device, dtype) for p in names.ATTENTION_PROJECTIONS}
+    return AttentionWeights(
+        input_layernorm=plain(f"{names.layer_prefix(layer)}.input_layernorm.weight"),
+        q_norm=plain(f"{prefix}.q_norm.weight"),
+        k_norm=plain(f"{prefix}.k_norm.weight"),
+        **projections,
+    )
+
+
+def router_weights(source: Source, layer: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> RouterWeights:
+    norm = f"{names.layer_prefix(layer)}.post_attention_layernorm.weight"
+    return RouterWeights(
+        post_attention_layernorm=read_plain(source, norm).to(device, dtype),
+        gate=read_plain(source, names.gate(layer)).to(device, torch.float32),
+        e_score_correction_bias=read_plain(source, names.correction_bias(layer)).to(device, torch.float32),
+    )
