@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from m27quant.errors import RecipeError, escape
 from m27quant.recipes.imports import library_file, library_root, read_limited, resolve_imports
 from m27quant.recipes.recipe import Recipe
-from m27quant.recipes.schema import Calibration, RecipeFile, closest
+from m27quant.recipes.schema import RecipeFile, closest
 from m27quant.recipes.strict_yaml import Map, Place, Seq, Value, parse
 
 BUILTIN: Final = ("nvfp4_experts_only-fp8_kv", "nvfp4_experts_only-fp8_kv_cast", "nvfp4_experts_only")
@@ -75,15 +75,14 @@ def parse_recipe(data: bytes, *, label: str, name: str, source: str, library: bo
         file = RecipeFile.model_validate(tree)
     except ValidationError as error:
         raise _error(error.errors(include_url=False)[0], tree, error.error_count()) from None
-    notices, calibration = _moe_calib(file, tree)
+    _check_coverage(file, tree)
     return Recipe(
         name=name,
         source=source,
         description=" ".join(file.metadata.description.split()),
         quantize=file.quantize,
-        calibration=calibration,
+        calibration=file.calibration,
         places=_rule_places(tree),
-        notices=notices,
     )
 
 
@@ -93,8 +92,8 @@ def _rule_places(tree: Map) -> tuple[Place, ...]:
     return tuple(entries.places) if isinstance(entries, Seq) else ()
 
 
-def _moe_calib(file: RecipeFile, tree: Map) -> tuple[tuple[str, ...], Calibration]:
-    """Bring modelopt's `moe_calib_experts_ratio` and our `moe_calib` together."""
+def _check_coverage(file: RecipeFile, tree: Map) -> None:
+    """Refuse a `moe_calib_experts_ratio` that m27quant does not do, or that contradicts `moe_calib`."""
     ratio = file.quantize.algorithm.moe_calib_experts_ratio
     place = _find(tree, ("quantize", "algorithm", "moe_calib_experts_ratio"))
     if ratio is not None and ratio != 1.0:
@@ -105,13 +104,6 @@ def _moe_calib(file: RecipeFile, tree: Map) -> tuple[tuple[str, ...], Calibratio
         )
     if ratio == 1.0 and file.calibration.moe_calib == "natural":
         raise place.error("`moe_calib_experts_ratio: 1.0` contradicts `calibration: {moe_calib: natural}`")
-    if ratio is None and "moe_calib" not in file.calibration.model_fields_set:
-        notice = (
-            "the recipe sets no moe_calib_experts_ratio: m27quant calibrates every expert on every token, "
-            "where modelopt would calibrate on routed tokens only"
-        )
-        return (notice,), file.calibration
-    return (), file.calibration
 
 
 def _find(tree: Value, location: tuple[int | str, ...]) -> Place:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from m27quant.errors import RecipeError
@@ -28,12 +29,25 @@ class Recipe:
     calibration: Calibration
     places: tuple[Place, ...]
     """Where each entry of `quantize.quant_cfg` is written."""
-    notices: tuple[str, ...] = ()
-    """Where m27quant does otherwise than modelopt would with the same file."""
 
     @property
     def moe_calib(self) -> MoeCalib:
         return self.calibration.moe_calib
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """Where m27quant does otherwise than modelopt would with the same file."""
+        asked_full = self.quantize.algorithm.moe_calib_experts_ratio == 1.0
+        if asked_full and self.moe_calib == "natural":
+            return (
+                "the recipe asks for moe_calib_experts_ratio 1.0, but calibration is on routed tokens only",
+            )
+        if not asked_full and "moe_calib" not in self.calibration.model_fields_set:
+            return (
+                "the recipe sets no moe_calib_experts_ratio: m27quant calibrates every expert on every token, "
+                "where modelopt would calibrate on routed tokens only",
+            )
+        return ()
 
     def resolve(self, module_names: Iterable[str]) -> ResolvedRecipe:
         """Decide for every module of a model.
@@ -50,7 +64,7 @@ class Recipe:
 
     def with_calibration(self, **changes: Any) -> Recipe:
         """Return the recipe with fields of `calibration` replaced (None leaves one), checked as in a file."""
-        values = {k: getattr(self.calibration, k) for k in Calibration.model_fields}
+        values = {k: getattr(self.calibration, k) for k in self.calibration.model_fields_set}
         values |= {k: v for k, v in changes.items() if v is not None}
         try:
             calibration = Calibration.model_validate(values)
@@ -69,7 +83,25 @@ class Recipe:
             "calibration": self.calibration.model_dump(mode="json"),
         }
 
+    def modelopt(self) -> dict[str, Any]:
+        """Return what nvidia-modelopt takes of this recipe: `metadata` and `quantize`, nothing else."""
+        return {
+            "metadata": {"recipe_type": "ptq", "description": self.description},
+            "quantize": _lists(self.quantize.model_dump(exclude_unset=True)),
+        }
+
+    def modelopt_yaml(self) -> str:
+        """Return `modelopt()` as a file that `modelopt.recipe.load_recipe` reads."""
+        return yaml.safe_dump(self.modelopt(), sort_keys=False, width=100, allow_unicode=True)
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of `canonical()` in hexadecimal."""
         text = json.dumps(self.canonical(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _lists(value: Any) -> Any:
+    """YAML has no tuples."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, list | tuple) else value

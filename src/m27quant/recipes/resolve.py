@@ -59,7 +59,7 @@ class ResolvedRecipe:
     notices: tuple[str, ...]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Block:
     """Quantizers of one kind on modules of one structure, alike so far."""
 
@@ -247,11 +247,7 @@ def _refuse_half_experts(experts: list[_Block]) -> None:
 def _kv_cache(cache: list[_Block]) -> KVCache | None:
     states = {b.format.kind if b.enabled else None: b for b in cache}
     if len(states) > 1:
-        one, other = list(states.values())[:2]
-        odd = other if other.rule is not None else one
-        raise _cannot(
-            odd,
-            f"differs from {escape((one if odd is other else other).first)}; K and V of all layers go alike",
-        )
+        one, other, *_ = states.values()
+        raise _cannot(other, f"differs from {escape(one.first)}; K and V of all layers go alike")
     kind = next(iter(states), None)
     return kind if kind in ("fp8", "fp8_cast") else None

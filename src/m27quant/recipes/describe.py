@@ -1,0 +1,55 @@
+"""A recipe in words: what it makes of MiniMax-M2.7, structure by structure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from m27quant.recipes.recipe import Recipe
+
+M2_7_LAYERS, M2_7_EXPERTS = 62, 256
+
+
+def official_modules(layers: int = M2_7_LAYERS, experts: int = M2_7_EXPERTS) -> tuple[str, ...]:
+    """Return the linear modules of an M2.x model, and its embedding, by their official names."""
+    names = ["model.embed_tokens"]
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        names += [f"{prefix}.self_attn.{p}_proj" for p in "qkvo"]
+        names.append(f"{prefix}.block_sparse_moe.gate")
+        names += [
+            f"{prefix}.block_sparse_moe.experts.{e}.{w}" for e in range(experts) for w in ("w1", "w2", "w3")
+        ]
+    return (*names, "lm_head")
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """Return `recipe` resolved for M2.7's layout as JSON values.
+
+    Raises:
+        RecipeError: it asks for what m27quant cannot write, or a pattern matches nothing.
+    """
+    resolved = recipe.resolve(official_modules())
+    return {
+        "name": recipe.name,
+        "source": recipe.source,
+        "description": recipe.description,
+        "fingerprint": recipe.fingerprint(),
+        "quantized": _structures(resolved.quantized, "NVFP4"),
+        "unquantized": _structures(resolved.unquantized),
+        "kv_cache": resolved.kv_cache,
+        "algorithm": resolved.algorithm,
+        "calibration": recipe.calibration.model_dump(mode="json"),
+        "notices": list(resolved.notices),
+    }
+
+
+def _structures(modules: tuple[str, ...], becomes: str = "") -> list[dict[str, Any]]:
+    counts = Counter(re.sub(r"(?<=\.)[0-9]+(?=\.)", "*", name) for name in modules)
+    return [{"modules": s, "count": count, "becomes": becomes or _kept(s)} for s, count in counts.items()]
+
+
+def _kept(structure: str) -> str:
+    """Attention leaves its FP8 blocks; everything else that is not quantized keeps its bytes."""
+    return "BF16" if ".self_attn." in structure else "unchanged"
