@@ -37,7 +37,15 @@ def library_file(name: str) -> Path | None:
         return None
     suffixes = ("",) if name.endswith((".yml", ".yaml")) else (".yml", ".yaml")
     candidates = [library_root() / f"{name}{suffix}" for suffix in suffixes]
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if exists(path) and path.is_file()), None)
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is such a file; a name that the file system cannot hold is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def read_limited(path: Path, label: str) -> bytes:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from m27quant.errors import RecipeError, escape
-from m27quant.recipes.imports import library_file, library_root, read_limited, resolve_imports
+from m27quant.recipes.imports import exists, library_file, library_root, read_limited, resolve_imports
 from m27quant.recipes.recipe import Recipe
 from m27quant.recipes.schema import RecipeFile, closest
 from m27quant.recipes.strict_yaml import Map, Place, Seq, Value, parse
@@ -40,7 +40,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     if name in BUILTIN:
         return _read(_FOLDER / f"{name}.yaml", label=f"{name}.yaml", name=name, source="builtin")
     path = Path(wanted)
-    if "\0" not in wanted and _exists(path):
+    if wanted and "\0" not in wanted and exists(path):
         library = path.resolve().is_relative_to(library_root())
         return _read(path, label=wanted, name=path.stem, source=wanted, library=library)
     found = library_file(wanted)
@@ -52,13 +52,6 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         f"no recipe is named `{escape(wanted)}`, and there is no such file",
         hint=f"did you mean `{near}`?" if near else "see `m27quant recipe list`",
     )
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name too long for the file system, for one
-        return False
 
 
 def _read(path: Path, *, label: str, name: str, source: str, library: bool = False) -> Recipe:
@@ -130,8 +123,10 @@ def _error(detail: ErrorDetails, tree: Map, count: int) -> RecipeError:
     message = detail["msg"]
     if detail["type"] == "missing":
         message = "required, but missing"
-    elif not isinstance(detail["input"], dict | list | tuple) and not detail["type"].startswith("recipe_"):
-        message = f"{message[:1].lower()}{message[1:]}, not `{escape(detail['input'], 60)}`"
+    elif not detail["type"].startswith("recipe_"):
+        message = message[:1].lower() + message[1:]
+        if not isinstance(detail["input"], dict | list | tuple):
+            message += f", not `{escape(detail['input'], 60)}`"
     more = f" (and {count - 1} more)" if count > 1 else ""
     hint = context.get("hint")
     return _find(tree, location).error(f"{shown}: {escape(message, 400)}{more}", str(hint) if hint else None)

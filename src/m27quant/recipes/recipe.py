@@ -44,8 +44,8 @@ class Recipe:
             )
         if not asked_full and "moe_calib" not in self.calibration.model_fields_set:
             return (
-                "the recipe sets no moe_calib_experts_ratio: m27quant calibrates every expert on every token, "
-                "where modelopt would calibrate on routed tokens only",
+                "the recipe sets no moe_calib_experts_ratio: m27quant calibrates every expert on every "
+                "token, where modelopt would calibrate on routed tokens only",
             )
         return ()
 

@@ -178,9 +178,14 @@ def _matches_nothing(rule: Rule, blocks: list[_Block]) -> RecipeError:
             f"{rule} with parent_class `{escape(parent_class)}` matches nothing in this model",
             f"did you mean `{near}`?" if near else f"this model has {' and '.join(_PARENT_CLASSES)}",
         )
-    wanted = rule.entry.quantizer_name.replace("*", "")
-    names = [b.first for b in blocks]
-    near = max(names, key=lambda n: difflib.SequenceMatcher(None, wanted, n).ratio(), default=None)
+    wanted = re.sub(r"[*?\[\]]", "", rule.entry.quantizer_name)
+
+    def likeness(name: str) -> tuple[int, float]:
+        """How much of the pattern's text the name holds in order, and how little else."""
+        matcher = difflib.SequenceMatcher(None, wanted, name, autojunk=False)
+        return sum(part.size for part in matcher.get_matching_blocks()), matcher.ratio()
+
+    near = max((b.first for b in blocks), key=likeness, default=None)
     return rule.place.error(
         f"{rule} matches nothing in this model",
         f"the closest name is {escape(near)}" if near else "the model has no modules",

@@ -197,7 +197,7 @@ def scalar(text: str, place: Place) -> str | int | float | bool | None:
     if old == "tag:yaml.org,2002:str" and not _CORE_NUMBER.fullmatch(text):
         return text
     shown = escape(text, 60)
-    if _NOT_FINITE.fullmatch(text) or old == "tag:yaml.org,2002:float":
+    if _NOT_FINITE.fullmatch(text) or (old == "tag:yaml.org,2002:float" and _FLOAT.fullmatch(text)):
         raise place.error(f"`{shown}` is not a finite decimal number")
     if old == "tag:yaml.org,2002:merge":
         raise place.error("merge keys (`<<`) are not allowed in a recipe", "write the keys out")
