@@ -71,11 +71,7 @@ class _Stop:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on `argv` (default: the process's arguments) and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # What an ASCII terminal cannot show appears as escapes.
+    _prepare_streams()
     stop = _Stop()
     previous = signal.signal(signal.SIGTERM, stop)
     try:
@@ -151,6 +147,17 @@ def _bug(error: Exception) -> M27Error:
         f"internal error, a bug in m27quant: {type(error).__name__}: {error}",
         hint="set M27QUANT_DEBUG=1 for the traceback and report it with the output of `m27quant env`",
     )
+
+
+def _prepare_streams() -> None:
+    """Show what a terminal cannot encode as escapes, and lose nothing of what a pipe takes in parts."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    raw = getattr(sys.stdout, "buffer", None)
+    if isinstance(raw, io.RawIOBase):  # PYTHONUNBUFFERED: Python would drop the rest of a partial write.
+        buffer = io.BufferedWriter(raw)
+        sys.stdout = io.TextIOWrapper(buffer, sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
 
 
 def _abandon_stdout() -> None:

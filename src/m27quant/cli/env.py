@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from m27quant.environment import Environment
 
 
-def env(json: options.Json = False, quiet: options.Quiet = False) -> None:
+def env(
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = 0,
+    no_progress: options.NoProgress = False,
+) -> None:
     """Show versions, hardware, limits and kernel backends, without names of users, hosts or tokens."""
     from m27quant.environment import describe_environment
 
-    output = Output.open(json=json, quiet=quiet)
+    output = Output.open(json=json, quiet=quiet, verbose=verbose)
     facts = describe_environment()
     for advice in facts.advice:
         output.warning(advice)

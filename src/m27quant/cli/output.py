@@ -8,6 +8,7 @@ markup, its control characters as escapes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
@@ -17,7 +18,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from rich.console import Console, RenderableType
 from rich.table import Table
@@ -55,7 +56,7 @@ class Output:
         self.mode = mode
         self.silent = silent or mode is Mode.QUIET
         self.stdout = stdout or sys.stdout
-        self.stderr = stderr or sys.stderr
+        self.stderr: IO[str] = cast(IO[str], _BestEffort(stderr or sys.stderr))
         self.console = _console(self.stdout)
         self.notes = _console(self.stderr)
 
@@ -165,17 +166,30 @@ class Output:
         self.stdout.flush()
 
     def _note(self, text: Text) -> None:
-        try:
-            self.notes.print(text, soft_wrap=True)
-        except OSError:
-            return  # A terminal that went away must not stop the work; only data has to arrive.
+        self.notes.print(text, soft_wrap=True)
 
     def _note_json(self, document: Mapping[str, Any]) -> None:
-        try:
-            self.stderr.write(_dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
-            self.stderr.flush()
-        except OSError:
-            return  # As above.
+        self.stderr.write(_dumps({"schema_version": SCHEMA_VERSION, **document}) + "\n")
+        self.stderr.flush()
+
+
+class _BestEffort:
+    """A stream that swallows its faults: a terminal that went away must not stop the work behind it."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class _LogHandler(logging.Handler):

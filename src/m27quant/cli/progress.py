@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn
+from rich.progress import BarColumn, ProgressColumn, Task
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from m27quant.cli.output import Mode, Output
+from m27quant.cli.output import Mode, Output, clean
 from m27quant.cli.units import format_duration, format_rate, format_size
 from m27quant.progress import Progress, ProgressCallback, ignore
 
@@ -29,7 +29,7 @@ Clock = Callable[[], float]
 def show(
     output: Output, *, enabled: bool = True, clock: Clock = time.monotonic, interval_s: float = HEARTBEAT_S
 ) -> Iterator[ProgressCallback]:
-    """Render the snapshots that the callback gets until the block ends; nothing if silent or not `enabled`."""
+    """Render the snapshots that the callback gets until the block ends; nothing if silent or disabled."""
     if output.silent or not enabled:
         yield ignore
     elif output.mode is Mode.HUMAN and output.stderr.isatty() and not output.notes.is_dumb_terminal:
@@ -82,46 +82,38 @@ def heading(snapshot: Progress) -> str:
     return f"layer {snapshot.layer + 1}{of} {snapshot.stage}"
 
 
-class _FactsColumn(ProgressColumn):
-    """As many of the figures as the terminal is wide enough for."""
+class _Field(ProgressColumn):
+    """One text of the task, printed literally."""
 
-    max_refresh = 0.5
-
-    def __init__(self, room: int) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.room = room
+        self.name = name
 
     def render(self, task: Task) -> Text:
-        shown: list[str] = []
-        for fact in task.fields["facts"]:
-            if len("  ".join([*shown, fact])) > self.room:
-                break
-            shown.append(fact)
-        return Text("  ".join(shown), no_wrap=True)
-
-
-class _HeadingColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(task.description, no_wrap=True, overflow="ellipsis")
+        return Text(clean(task.fields[self.name]), no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager
 def _bar(output: Output, pace: Pace) -> Iterator[ProgressCallback]:
-    width = output.notes.width
-    columns = (
-        _HeadingColumn(),
-        BarColumn(bar_width=max(4, min(30, width // 5))),
-        TaskProgressColumn(markup=False),
-        _FactsColumn(room=max(0, width - width // 5 - 32)),
-    )
+    bar_width = max(4, min(30, output.notes.width // 5))
+    columns = (_Field("heading"), BarColumn(bar_width), _Field("percent"), _Field("facts"))
     with Bar(*columns, console=output.notes, transient=True) as bar:
-        task = bar.add_task("", total=1.0, facts=[])
+        task = bar.add_task("", total=1.0, heading="", percent="", facts="")
 
         def listen(snapshot: Progress) -> None:
-            figures = facts(snapshot, pace.left_s(snapshot.fraction))
-            bar.update(task, completed=snapshot.fraction, description=heading(snapshot), facts=figures)
+            where, percent = heading(snapshot), f"{snapshot.fraction:4.0%}"
+            room = output.notes.width - len(where) - bar_width - len(percent) - 3
+            figures = _fitting(facts(snapshot, pace.left_s(snapshot.fraction)), room)
+            bar.update(task, completed=snapshot.fraction, heading=where, percent=percent, facts=figures)
 
         yield listen
+
+
+def _fitting(figures: list[str], room: int) -> str:
+    """As many figures, from the first on, as there are columns for."""
+    while figures and len("  ".join(figures)) > room:
+        figures = figures[:-1]
+    return "  ".join(figures)
 
 
 @contextmanager
