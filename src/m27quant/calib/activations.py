@@ -73,7 +73,7 @@ class MemoryRows:
         self.rows[chunk.begin : chunk.end] = rows
 
     def close(self) -> None:
-        self.rows = self.rows[:0]
+        self.rows = torch.empty(0)  # a slice would keep the storage
 
 
 class FileRows:

@@ -151,33 +151,41 @@ def run_experts(
         for chunk, assigned in zip(chunks, routed, strict=True):
             h = M.moe_input(rows.read(chunk), router, config)
             y = torch.zeros_like(h) if first else out.read(chunk)
+            seen = []
             for expert in group:
-                _run_expert(expert, h, y, assigned[expert.index], ranges, full)
+                seen.append(_run_expert(expert, h, y, assigned[expert.index], full))
                 tick(expert.index)
             out.write(chunk, y)
+            # one transfer per chunk: asking for each maximum would make an accelerator wait
+            for expert, value in zip(group, torch.stack(seen).tolist(), strict=True):
+                if not _finite(value):
+                    value = _finite_amax(expert, h, assigned[expert.index], full, ranges)
+                ranges.w2_input_amax[expert.index] = max(ranges.w2_input_amax[expert.index], value)
         first = False
     if not full:
         ranges.w2_input_amax = [max(ranges.w2_input_amax)] * config.num_local_experts
 
 
-def _run_expert(
-    expert: ExpertWeights, h: torch.Tensor, y: torch.Tensor, to: M.Assignment, ranges: LayerRanges, full: bool
-) -> None:
+def _run_expert(expert: ExpertWeights, h: torch.Tensor, y: torch.Tensor, to: M.Assignment, full: bool) -> torch.Tensor:
+    """Add the expert's share to y; returns the amax of w2's input as a scalar tensor."""
     if full:
         act = M.gated_activation(h, expert.w1, expert.w3)
         routed_act = act[to.rows]
     elif len(to.rows):
         act = routed_act = M.gated_activation(h[to.rows], expert.w1, expert.w3)
     else:
-        return
-    seen = amax(act)
-    if not _finite(seen):
-        good = torch.isfinite(act).all(dim=1)
-        ranges.non_finite_values += int((~good).sum())
-        seen = amax(act[good]) if bool(good.any()) else 0.0
-    ranges.w2_input_amax[expert.index] = max(ranges.w2_input_amax[expert.index], seen)
+        return h.new_zeros(())
     if len(to.rows):
         M.add_expert(y, routed_act, expert.w2, to)
+    return amax_tensor(act)
+
+
+def _finite_amax(expert: ExpertWeights, h: torch.Tensor, to: M.Assignment, full: bool, ranges: LayerRanges) -> float:
+    """The amax over the tokens for which this expert stays finite; the others are counted."""
+    act = M.gated_activation(h if full else h[to.rows], expert.w1, expert.w3)
+    good = torch.isfinite(act).all(dim=1)
+    ranges.non_finite_values += int((~good).sum())
+    return amax(act[good])
 
 
 def count_tokens(
@@ -200,10 +208,13 @@ def count_tokens(
 
 def amax(x: torch.Tensor) -> float:
     """max |x|, exactly; NaN where x holds one, 0 where it is empty."""
-    if not x.numel():
-        return 0.0
+    return float(amax_tensor(x)) if x.numel() else 0.0
+
+
+def amax_tensor(x: torch.Tensor) -> torch.Tensor:
+    """max |x| as a scalar tensor; `x` is not empty."""
     low, high = torch.aminmax(x)
-    return float(torch.maximum(-low, high))
+    return torch.maximum(-low, high)
 
 
 def _finite(value: float) -> bool:

@@ -127,4 +127,4 @@ def has_remote_code(files: dict[str, bytes]) -> bool:
 
 def to_json(value: dict[str, Any]) -> bytes:
     """Indented UTF-8 JSON, as checkpoints on the Hub have it."""
-    return (json.dumps(value, indent=4, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(value, indent=4, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -1,0 +1,267 @@
+"""One unit of a quantization: what is read, calibrated, packed and made durable before the next one begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m27quant.calib.activations import Chunk, FileRows, MemoryRows, Rows, load_rows, save_rows
+from m27quant.calib.data import Sequences
+from m27quant.calib.layerwise import Dropped, LayerRanges, count_tokens, drop_non_finite, run_attention, run_experts
+from m27quant.calib.memory import PIECE_BYTES, MemoryPlan, rss_bytes
+from m27quant.checkpoint import names
+from m27quant.checkpoint.durable import fault_point, move_durably, sha256_of
+from m27quant.checkpoint.source import Source
+from m27quant.checkpoint.workspace import Workspace
+from m27quant.checkpoint.writer import ShardSet, WrittenFile, open_shards
+from m27quant.pack import PackStats, stream_experts
+from m27quant.plan import Plan, Unit, norm_and_router_names
+from m27quant.progress import Progress, ProgressCallback
+from m27quant.runtime.layer import Assignment, RouterWeights
+from m27quant.runtime.loader import attention_weights, refuse_non_finite, router_weights
+
+FP8_MAX = 448.0
+NVFP4_MAX = 6.0 * FP8_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything that the units of one run share."""
+
+    source: Source
+    plan: Plan
+    sequences: Sequences
+    chunks: list[Chunk]
+    memory: MemoryPlan
+    device: torch.device
+    workspace: Workspace
+    dropped: Dropped
+    progress: ProgressCallback
+    stop: Callable[[], None]
+    """Raises `Interrupted` when the run should end."""
+
+    @property
+    def work(self) -> Path:
+        return self.workspace.work
+
+
+# -- embedding and head ----------------------------------------------------------------------------
+
+
+def run_embed(job: Job, unit: Unit) -> dict[str, Any]:
+    """Copy the embedding and look up every token's row: the first hidden states."""
+    written = _copy_unit(job, unit)
+    hidden = _save_hidden(job, 0, _embedded(job))
+    return {"files": [f.to_json() for f in written], "hidden": hidden.to_json()}
+
+
+def _embedded(job: Job) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    """Rows of the embedding, one small read per distinct token: the table itself is never in memory."""
+    for chunk in job.chunks:
+        job.stop()
+        unique, where = torch.unique(job.sequences.ids[chunk.begin : chunk.end], return_inverse=True)
+        table = torch.cat([job.source.read_rows(names.EMBEDDING, int(i), int(i) + 1) for i in unique.tolist()])
+        yield chunk, drop_non_finite(chunk, table[where], job.dropped)
+
+
+def run_head(job: Job, unit: Unit) -> dict[str, Any]:
+    """Copy the final norm and the head."""
+    return {"files": [f.to_json() for f in _copy_unit(job, unit)]}
+
+
+def _copy_unit(job: Job, unit: Unit) -> list[WrittenFile]:
+    written: list[WrittenFile] = []
+    with open_shards(job.work, unit.name, list(unit.shards), written) as shards:
+        for shard in unit.shards:
+            for name in shard.offsets:
+                copy_tensor(job.source, name, shards, job.stop)
+    return written
+
+
+def copy_tensor(source: Source, name: str, shards: ShardSet, stop: Callable[[], None]) -> None:
+    """Pass a tensor through byte for byte, in pieces, refusing NaN and Inf."""
+    info = source.info(name)
+    row_bytes = max(1, info.nbytes // info.shape[0])
+    step = max(1, PIECE_BYTES // row_bytes)
+    for begin in range(0, info.shape[0], step):
+        stop()
+        piece = source.read_rows(name, begin, min(begin + step, info.shape[0]))
+        refuse_non_finite(name, piece)
+        shards.write_part(name, piece, begin * row_bytes)
+
+
+# -- one decoder layer -----------------------------------------------------------------------------
+
+
+def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, Any]:
+    """Calibrate and pack one decoder layer; returns its journal entry.
+
+    Reads each source tensor once.  Memory: hidden states (or chunks of them), one group of experts.
+    """
+    assert unit.layer is not None
+    ranges, stats, written = LayerRanges(), PackStats(), []
+    started = time.monotonic()
+    full = job.plan.resolved.moe_calib == "full"
+    with _layer_rows(job, hidden) as (rows, moe_out):
+        reporter = _Reporter(job, unit.layer, started)
+        with open_shards(job.work, unit.name, list(unit.shards), written) as shards:
+            router = router_weights(job.source, unit.layer, job.device)
+            routed = _attention(job, unit.layer, shards, rows, router, ranges, reporter)
+            experts = stream_experts(
+                job.source, unit.layer, job.memory.expert_group, job.device, shards, stats, job.stop
+            )
+            run_experts(
+                experts, job.chunks, rows, moe_out, routed, router, job.source.config, ranges,
+                full=full, tick=reporter.expert,
+            )  # fmt: skip
+            for name in norm_and_router_names(job.source.config, unit.layer):
+                copy_tensor(job.source, name, shards, job.stop)
+            record = _write_scales(job, unit.layer, shards, ranges)
+            fault_point("layer-computed")
+        next_rows = _sum_rows(job, rows, moe_out)
+        saved = None if last else _save_hidden(job, unit.layer + 1, next_rows)
+        if last:  # still look whether the last layer's output is finite
+            for _ in next_rows:
+                pass
+    count_tokens(routed, job.chunks, job.dropped, ranges, full=full)
+    job.source.recheck(job.source.info(names.gate(unit.layer)).path)
+    record |= _record(ranges, stats)
+    entry: dict[str, Any] = {"files": [f.to_json() for f in written], "record": record}
+    return entry | ({"hidden": saved.to_json()} if saved else {})
+
+
+def _attention(
+    job: Job, layer: int, shards: ShardSet, rows: Rows, router: RouterWeights, ranges: LayerRanges, reporter: _Reporter
+) -> list[list[Assignment]]:
+    """Read attention once: its BF16 weights go to the shard and through the tokens."""
+    weights = attention_weights(job.source, layer, job.device)
+    for projection in names.ATTENTION_PROJECTIONS:
+        shards.write(f"{names.attention(layer)}.{projection}.weight", getattr(weights, projection))
+    return run_attention(
+        job.chunks, rows, weights, router, job.source.config, ranges, job.dropped, reporter.attention
+    )
+
+
+@contextmanager
+def _layer_rows(job: Job, hidden: Path) -> Iterator[tuple[Rows, Rows]]:
+    """Two sets of rows for one layer: the residual stream, loaded from `hidden`, and the experts' sum."""
+    size = job.sequences.num_tokens, job.source.config.hidden_size
+    pair: list[Rows] = []
+    try:
+        for name in ("residual", "experts"):
+            if job.memory.rows_in_memory:
+                pair.append(MemoryRows(*size, job.device))
+            else:
+                pair.append(FileRows(job.work / f"scratch-{name}", *size, job.device))
+        for chunk, rows in load_rows(hidden, job.chunks, size[1]):
+            pair[0].write(chunk, rows)
+        yield pair[0], pair[1]
+    finally:
+        for rows_ in pair:
+            rows_.close()
+
+
+def _sum_rows(job: Job, rows: Rows, moe_out: Rows) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    """The layer's output, chunk by chunk."""
+    for chunk in job.chunks:
+        yield chunk, drop_non_finite(chunk, rows.read(chunk) + moe_out.read(chunk), job.dropped)
+
+
+def _save_hidden(job: Job, layer: int, rows: Iterator[tuple[Chunk, torch.Tensor]]) -> WrittenFile:
+    """Make the input of `layer` durable under a name that carries its content."""
+    size = job.sequences.num_tokens * job.source.config.hidden_size * 2
+    partial = job.work / f"hidden-{layer:04d}.partial"
+    save_rows(partial, rows, job.sequences.num_tokens, job.source.config.hidden_size)
+    digest = sha256_of(partial)
+    final = job.work / f"hidden-{layer:04d}.{digest[:16]}.bin"
+    move_durably(partial, final)
+    return WrittenFile(final.name, size, digest)
+
+
+def _write_scales(job: Job, layer: int, shards: ShardSet, ranges: LayerRanges) -> dict[str, Any]:
+    """Write input and KV scales; returns them, and what was replaced because its range was zero."""
+    replaced: list[str] = []
+
+    def scale(module: str, amax: float, largest: float, maximum: float) -> torch.Tensor:
+        if amax == 0.0:  # never seen alive: the widest range of its kind in the layer is the safe side
+            replaced.append(module)
+            amax = largest or maximum
+        return torch.tensor(amax, dtype=torch.float32) / maximum
+
+    largest_w2 = max(ranges.w2_input_amax)
+    input_scale: dict[str, list[float]] = {p: [] for p in names.EXPERT_PROJECTIONS}
+    for expert in range(job.source.config.num_local_experts):
+        for projection in names.EXPERT_PROJECTIONS:
+            module = names.expert(layer, expert, projection)
+            amax = ranges.w2_input_amax[expert] if projection == "w2" else ranges.w13_input_amax
+            largest = largest_w2 if projection == "w2" else ranges.w13_input_amax
+            value = scale(module, amax, largest, NVFP4_MAX)
+            shards.write(f"{module}.input_scale", value)
+            input_scale[projection].append(float(value))
+    record: dict[str, Any] = {"input_scale": input_scale}
+    if job.plan.resolved.kv_cache == "fp8":
+        for name, amax in ((names.k_scale(layer), ranges.k_amax), (names.v_scale(layer), ranges.v_amax)):
+            value = scale(name, amax, 0.0, FP8_MAX)
+            shards.write(name, value)
+            record[name.rpartition(".")[2]] = float(value)
+    return record | {"zero_range": replaced}
+
+
+def _record(ranges: LayerRanges, stats: PackStats) -> dict[str, Any]:
+    """The layer's figures for the report."""
+    return {
+        "routed_tokens": ranges.routed_tokens,
+        "seen_tokens": ranges.seen_tokens,
+        "non_finite_activations": ranges.non_finite_values,
+        **asdict(stats),
+    }
+
+
+class _Reporter:
+    """Progress within a layer, in the share of its arithmetic."""
+
+    def __init__(self, job: Job, layer: int, started: float) -> None:
+        c = job.source.config
+        self._job, self._layer, self._started = job, layer, started
+        attention = 2.0 * c.hidden_size * (c.q_size + c.kv_size)
+        experts = 2.0 * c.num_local_experts * c.hidden_size * c.intermediate_size
+        self._attention_share = attention / (attention + experts)
+        self._expert_bytes = job.source.total_bytes / c.num_hidden_layers / c.num_local_experts
+        self._ticks = 0
+
+    def attention(self, chunk: Chunk) -> None:
+        self._job.stop()
+        done = chunk.end / self._job.sequences.num_tokens
+        self._send("attention", self._attention_share * done, tokens=chunk.end, source_bytes=0.0)
+
+    def expert(self, index: int) -> None:
+        self._job.stop()
+        self._ticks += 1
+        total = self._job.source.config.num_local_experts * len(self._job.chunks)
+        done = self._ticks / total
+        share = self._attention_share + (1 - self._attention_share) * done
+        seen = self._job.sequences.num_tokens * done
+        self._send("experts", share, tokens=seen, source_bytes=(index + 1) * self._expert_bytes)
+
+    def _send(self, stage: str, share: float, *, tokens: float, source_bytes: float) -> None:
+        elapsed = max(time.monotonic() - self._started, 1e-6)
+        layers = self._job.source.config.num_hidden_layers
+        on_gpu = self._job.device.type == "cuda"
+        self._job.progress(
+            Progress(
+                stage=stage,
+                fraction=(self._layer + share) / layers,
+                layer=self._layer,
+                num_layers=layers,
+                tokens_per_s=tokens / elapsed,
+                bytes_per_s=source_bytes / elapsed if source_bytes else None,
+                rss_bytes=rss_bytes(),
+                device_bytes=torch.cuda.max_memory_allocated(self._job.device) if on_gpu else None,
+            )
+        )

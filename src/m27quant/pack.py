@@ -1,0 +1,131 @@
+"""One expert at a time from the source: FP8 bytes in, NVFP4 tensors to the shard, BF16 weights to calibration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from m27quant.calib.layerwise import ExpertWeights
+from m27quant.checkpoint import names
+from m27quant.checkpoint.source import Source
+from m27quant.checkpoint.writer import ShardSet
+from m27quant.errors import CheckpointError
+from m27quant.kernels import fp8_dequant, nvfp4_pack
+from m27quant.runtime.loader import read_linear
+
+Stored = tuple[torch.Tensor, torch.Tensor | None]
+"""A linear as it is stored: weight [N, K] in FP8 or BF16, and its block scales."""
+
+
+@dataclass(slots=True)
+class PackStats:
+    """Per projection and expert what packing found; lists run over experts."""
+
+    sqnr_db: dict[str, list[float | None]] = field(default_factory=lambda: {p: [] for p in names.EXPERT_PROJECTIONS})
+    """None where the matrix is all zero."""
+    weight_scale_2: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in names.EXPERT_PROJECTIONS})
+    zero_groups: int = 0
+    saturated_groups: int = 0
+    tiny_groups: int = 0
+    dead: list[str] = field(default_factory=list)
+    """Expert matrices that are all zero."""
+
+
+def read_expert(source: Source, layer: int, expert: int, device: torch.device) -> dict[str, Stored]:
+    """w1, w2 and w3 of one expert as stored."""
+    return {p: read_linear(source, names.expert(layer, expert, p), device) for p in names.EXPERT_PROJECTIONS}
+
+
+def stream_experts(
+    source: Source, layer: int, group: int, device: torch.device, shards: ShardSet, stats: PackStats,
+    should_stop: Callable[[], None],
+) -> Iterator[Sequence[ExpertWeights]]:  # fmt: skip
+    """Pack and write every expert of a layer in order; yields their BF16 weights, `group` experts at a time.
+
+    The next expert is read while this one is worked on.  Each source byte is read once.
+
+    Raises:
+        CheckpointError: NaN, Inf or a bad block scale in the source, naming the tensor.
+    """
+    num_experts = source.config.num_local_experts
+    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+        ahead = reader.submit(read_expert, source, layer, 0, device)
+        batch: list[ExpertWeights] = []
+        for expert in range(num_experts):
+            should_stop()
+            stored = ahead.result()
+            if expert + 1 < num_experts:
+                ahead = reader.submit(read_expert, source, layer, expert + 1, device)
+            pack_expert(source, layer, expert, stored, shards, stats)
+            batch.append(_dequantize(source, layer, expert, stored))
+            del stored
+            if len(batch) == group or expert + 1 == num_experts:
+                yield batch
+                batch.clear()  # the caller holds the same list: free these before the next are loaded
+
+
+def pack_expert(
+    source: Source, layer: int, expert: int, stored: dict[str, Stored], shards: ShardSet, stats: PackStats
+) -> None:
+    """Write one expert's packed weights and scales; w1 and w3 share their `weight_scale_2`."""
+    block = source.config.weight_block_size or fp8_dequant.BLOCK
+    amax = {}
+    for projection, (weight, scale) in stored.items():
+        with naming(names.expert(layer, expert, projection)):
+            amax[projection] = nvfp4_pack.amax(weight, scale, block=block)
+    amax["w1"] = amax["w3"] = torch.maximum(amax["w1"], amax["w3"])
+    for projection, (weight, scale) in stored.items():
+        module = names.expert(layer, expert, projection)
+        with naming(module):
+            packed = nvfp4_pack.pack(weight, scale, amax=amax[projection], block=block)
+        shards.write(f"{module}.weight", packed.weight)
+        shards.write(f"{module}.weight_scale", packed.weight_scale)
+        shards.write(f"{module}.weight_scale_2", packed.weight_scale_2)
+        _note(stats, module, projection, weight, scale, packed, block)
+
+
+def _note(
+    stats: PackStats, module: str, projection: str, weight: torch.Tensor, scale: torch.Tensor | None,
+    packed: nvfp4_pack.PackedNVFP4, block: tuple[int, int],
+) -> None:  # fmt: skip
+    error = nvfp4_pack.squared_error(weight, scale, packed, block=block)
+    counts = nvfp4_pack.count_groups(weight, scale, packed.weight_scale_2, block=block)
+    value = error.sqnr_db if error.signal else None
+    stats.sqnr_db[projection].append(None if value is None or math.isinf(value) else round(value, 3))
+    stats.weight_scale_2[projection].append(float(packed.weight_scale_2))
+    stats.zero_groups += counts.zero
+    stats.saturated_groups += counts.saturated
+    stats.tiny_groups += counts.tiny
+    if not error.signal:
+        stats.dead.append(module)
+
+
+def _dequantize(source: Source, layer: int, expert: int, stored: dict[str, Stored]) -> ExpertWeights:
+    block = source.config.weight_block_size
+    plain = {}
+    for projection, (weight, scale) in stored.items():
+        if scale is not None:
+            assert block is not None
+            weight = fp8_dequant.dequantize(weight, scale, block=block)
+        plain[projection] = weight
+    return ExpertWeights(expert, **plain)
+
+
+class naming:
+    """Adds a tensor's name to what a kernel says of its content."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
+        if isinstance(fault, CheckpointError):
+            raise CheckpointError(
+                f"tensor '{self._module}.weight': {fault.message}", hint="the source is damaged; download the shard again"
+            ) from None

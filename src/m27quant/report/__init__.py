@@ -1,0 +1,1 @@
+"""Results in the forms in which people and machines read them."""
