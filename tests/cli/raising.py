@@ -56,7 +56,7 @@ def wait(json: options.Json = False, resumable: bool = False) -> None:
 
 def flood(json: options.Json = False) -> None:
     """Print more than a pipe holds."""
-    Output.open(json=json).table([{"n": n} for n in range(100_000)], columns={"n": "n"})
+    Output.open(json=json).table([{"n": n} for n in range(20_000)], columns={"n": "n"})
 
 
 if __name__ == "__main__":

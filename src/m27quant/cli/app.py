@@ -17,6 +17,7 @@ import typer
 import m27quant
 from m27quant.cli import env
 from m27quant.cli.output import Mode, Output
+from m27quant.cli.recipe import recipe_app
 from m27quant.errors import EnvironmentFault, Interrupted, M27Error, UsageError
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -55,6 +56,7 @@ def _program(
     """Quantize MiniMax-M2.x to NVFP4, prove the result, and run it."""
 
 
+app.add_typer(recipe_app, name="recipe")
 app.command("env")(env.env)
 
 
