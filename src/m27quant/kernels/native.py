@@ -1,13 +1,41 @@
-"""The compiled CPU core, found and loaded once; a machine without it runs the reference and says why."""
+"""The compiled CPU core: found, checked and loaded once, and its work spread over threads.
+
+A machine without it runs the torch reference, and `load().error` says why.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-_FOLDER = Path(__file__).parent / "_native"
+import torch
+
+_T = TypeVar("_T")
+
+ABI = 1
+"""`M27_ABI` of `_native/core.h`: a core built from other sources than these is not used."""
+
+FOLDER = Path(__file__).parent / "_native"
+
+_FP8 = [c_void_p, c_void_p, c_int64, c_int64, c_int64]  # weight, scale_inv, K, rows and columns of a block
+_ROWS = [c_int64, c_int64]  # first row, row after the last
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "m27_abi": (c_int, []),
+    "m27_isa": (c_char_p, []),
+    "m27_dequantize": (None, [*_FP8, c_void_p, c_void_p, *_ROWS]),
+    "m27_amax_fp8": (c_float, [*_FP8, *_ROWS]),
+    "m27_amax_bf16": (c_float, [c_void_p, c_int64, *_ROWS]),
+    "m27_pack_fp8": (c_int, [*_FP8, c_float, c_void_p, c_void_p, *_ROWS]),
+    "m27_pack_bf16": (c_int, [c_void_p, c_int64, c_float, c_void_p, c_void_p, *_ROWS]),
+    "m27_count_bf16": (None, [c_void_p, c_int64, c_float, c_void_p, *_ROWS]),
+    "m27_row_errors": (None, [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_void_p, *_ROWS]),
+}
 
 
 class Library(NamedTuple):
@@ -15,10 +43,59 @@ class Library(NamedTuple):
 
     handle: ctypes.CDLL | None
     isa: str
+    """The instruction set level that runs here, in words."""
     error: str | None
 
 
 @cache
 def load() -> Library:
-    """Load the compiled core."""
-    return Library(None, "", "the compiled core was not built (no C compiler at install time)")
+    """Load the compiled core, once."""
+    found = sorted(path for suffix in ("so", "dylib", "pyd") for path in FOLDER.glob(f"core*.{suffix}"))
+    if not found:
+        return _absent("the compiled core was not built: no C compiler at install time")
+    try:
+        handle = ctypes.CDLL(str(found[0]))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(handle, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        return _absent(f"the compiled core cannot be loaded: {error}")
+    if handle.m27_abi() != ABI:
+        return _absent(f"the compiled core has version {handle.m27_abi()}, not {ABI}: install again")
+    return Library(handle, handle.m27_isa().decode(), None)
+
+
+def function(name: str) -> Callable[..., Any]:
+    """An entry point of the core; call it only where `load().error` is None."""
+    handle = load().handle
+    if handle is None:
+        raise RuntimeError(load().error)
+    entry: Callable[..., Any] = getattr(handle, name)
+    return entry
+
+
+def over_rows(call: Callable[[int, int], _T], num_rows: int, step: int, row_bytes: int) -> list[_T]:
+    """`call(first, end)` on ranges of rows that are cut at multiples of `step`, on torch's number of threads.
+
+    The core computes every row from its own block alone, so the cut cannot change a byte.  ctypes lets
+    go of the interpreter lock during a call.
+    """
+    steps = -(-num_rows // step)
+    parts = min(torch.get_num_threads(), steps, num_rows * row_bytes // _BYTES_PER_THREAD + 1)
+    cuts = [min(steps * part // parts * step, num_rows) for part in range(parts + 1)]
+    if parts == 1:
+        return [call(0, num_rows)]
+    return list(_pool(os.getpid(), parts).map(call, cuts[:-1], cuts[1:]))
+
+
+_BYTES_PER_THREAD = 1 << 17  # waking a thread costs as much as 100 KB of work
+
+
+def _absent(reason: str) -> Library:
+    return Library(None, "", reason)
+
+
+@cache
+def _pool(_process: int, num_threads: int) -> ThreadPoolExecutor:
+    """Threads of this process (a forked child has none of its parent's)."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="m27-kernel")

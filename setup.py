@@ -1,0 +1,25 @@
+"""The compiled CPU core; everything else about the project stands in pyproject.toml.
+
+The core is plain C without Python's headers, loaded by ctypes, so one file serves all Python versions.
+Where there is no C compiler the build goes on without it and the kernels run their torch reference.
+"""
+
+from setuptools import Extension, setup
+
+NATIVE = "src/m27quant/kernels/_native"
+
+setup(
+    ext_modules=[
+        Extension(
+            "m27quant.kernels._native.core",
+            sources=[f"{NATIVE}/{name}.c" for name in ("core", "fp8_dequant", "nvfp4_pack")],
+            depends=[f"{NATIVE}/core.h"],
+            # No -ffast-math and no contraction to FMA: every operation is rounded once, as in the reference.
+            extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            libraries=["m"],
+            optional=True,
+            py_limited_api=True,
+        )
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
