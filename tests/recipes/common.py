@@ -12,6 +12,7 @@ MODULES = official_modules(layers=2, experts=3)
 
 NVFP4 = "{num_bits: [2, 1], block_sizes: {-1: 16, type: dynamic, scale_bits: [4, 3]}}"
 FP8 = "{num_bits: [4, 3]}"
+KV = f"{{quantizer_name: '*[kv]_bmm_quantizer', cfg: {FP8}}}"
 OFF = "{quantizer_name: '*', enable: false}"
 EXPERTS = (
     f"{{quantizer_name: '*.experts.*weight_quantizer', cfg: {NVFP4}}}",

@@ -60,7 +60,7 @@ class ResolvedRecipe:
 
 
 @dataclass(slots=True, eq=False)
-class _Block:
+class Block:
     """Quantizers of one kind on modules of one structure, alike so far."""
 
     modules: list[str]
@@ -74,7 +74,7 @@ class _Block:
     def first(self) -> str:
         return f"{self.modules[0]}.{self.quantizer}"
 
-    def split(self, matches: re.Pattern[str], reads_digits: bool) -> tuple[_Block | None, _Block | None]:
+    def split(self, matches: re.Pattern[str], reads_digits: bool) -> tuple[Block | None, Block | None]:
         """Return the parts of this block that match and that do not."""
         if not reads_digits:
             return (self, None) if matches.match(self.first) else (None, self)
@@ -85,8 +85,8 @@ class _Block:
         rest = [m for m in self.modules if m not in chosen]
         return self._with(hit), self._with(rest)
 
-    def _with(self, modules: list[str]) -> _Block:
-        return _Block(modules, self.quantizer, self.parent_class, self.enabled, self.format, self.rule)
+    def _with(self, modules: list[str]) -> Block:
+        return Block(modules, self.quantizer, self.parent_class, self.enabled, self.format, self.rule)
 
     def apply(self, rule: Rule) -> None:
         self.enabled, self.rule = rule.entry.enable, rule
@@ -104,9 +104,7 @@ def resolve(
 ) -> ResolvedRecipe:
     """Apply `rules` to the modules of a model; see `Recipe.resolve`."""
     modules = tuple(dict.fromkeys(module_names))
-    blocks = _quantizers(modules)
-    for rule in rules:
-        blocks = _apply(rule, blocks)
+    blocks = fates(rules, modules)
     experts = [b for b in blocks if _EXPERT.fullmatch(b.modules[0])]
     cache = [b for b in blocks if b.quantizer in ("k_bmm_quantizer", "v_bmm_quantizer")]
     _refuse_other_formats(experts, cache)
@@ -124,7 +122,15 @@ def resolve(
     )
 
 
-def _quantizers(modules: tuple[str, ...]) -> list[_Block]:
+def fates(rules: Iterable[Rule], modules: tuple[str, ...]) -> list[Block]:
+    """Return every quantizer of `modules` in the state that modelopt would leave it in."""
+    blocks = _quantizers(modules)
+    for rule in rules:
+        blocks = _apply(rule, blocks)
+    return blocks
+
+
+def _quantizers(modules: tuple[str, ...]) -> list[Block]:
     """Return modelopt's quantizers of these modules before any entry, grouped by structure."""
     groups: dict[str, list[str]] = {}
     attention: dict[str, list[str]] = {}
@@ -139,13 +145,14 @@ def _quantizers(modules: tuple[str, ...]) -> list[_Block]:
         # modelopt gives norms no quantizer; here they have idle ones, so that aiming at them can be refused.
         parent_class = None if "norm" in leaf else "nn.Embedding" if "embed" in leaf else "nn.Linear"
         for kind in ("input_quantizer", "weight_quantizer", "output_quantizer"):
-            on = parent_class is not None and kind != "output_quantizer"
-            blocks.append(_Block(members, kind, parent_class, on))
-    blocks += [_Block(parents, kind, None, True) for parents in attention.values() for kind in _BMM]
+            on = parent_class == "nn.Linear" and kind != "output_quantizer"
+            on |= parent_class == "nn.Embedding" and kind == "weight_quantizer"
+            blocks.append(Block(members, kind, parent_class, on))
+    blocks += [Block(parents, kind, None, True) for parents in attention.values() for kind in _BMM]
     return blocks
 
 
-def _apply(rule: Rule, blocks: list[_Block]) -> list[_Block]:
+def _apply(rule: Rule, blocks: list[Block]) -> list[Block]:
     pattern = rule.entry.quantizer_name
     try:
         matches = re.compile(fnmatch.translate(pattern))
@@ -153,7 +160,7 @@ def _apply(rule: Rule, blocks: list[_Block]) -> list[_Block]:
         raise rule.place.error(f"{rule} is not a valid pattern: {error}") from None
     # Without digits, `?` or open classes only `*` can cover an index: then all indices match alike.
     reads_digits = re.search(r"[0-9?\[\]]", _PLAIN_CLASS.sub("", pattern)) is not None
-    result: list[_Block] = []
+    result: list[Block] = []
     matched = False
     for block in blocks:
         if rule.entry.parent_class not in (None, block.parent_class):
@@ -170,7 +177,7 @@ def _apply(rule: Rule, blocks: list[_Block]) -> list[_Block]:
     return result
 
 
-def _matches_nothing(rule: Rule, blocks: list[_Block]) -> RecipeError:
+def _matches_nothing(rule: Rule, blocks: list[Block]) -> RecipeError:
     parent_class = rule.entry.parent_class
     if parent_class not in (None, *_PARENT_CLASSES):
         near = closest(parent_class, _PARENT_CLASSES)
@@ -192,7 +199,7 @@ def _matches_nothing(rule: Rule, blocks: list[_Block]) -> RecipeError:
     )
 
 
-def _cannot(block: _Block, what: str) -> RecipeError:
+def _cannot(block: Block, what: str) -> RecipeError:
     """Build the refusal of what `block.rule` does to `block`."""
     message = f"{escape(block.first)}: {what}"
     if block.rule is None:
@@ -201,7 +208,7 @@ def _cannot(block: _Block, what: str) -> RecipeError:
     return block.rule.place.error(f"{block.rule}: {message}", f"m27quant writes {SUPPORTED}")
 
 
-def _refuse_other_formats(experts: list[_Block], cache: list[_Block]) -> None:
+def _refuse_other_formats(experts: list[Block], cache: list[Block]) -> None:
     for block in experts:
         if block.enabled and block.quantizer == "output_quantizer":
             raise _cannot(block, "outputs of experts are not quantized")
@@ -212,13 +219,13 @@ def _refuse_other_formats(experts: list[_Block], cache: list[_Block]) -> None:
             raise _cannot(block, f"{block.format.text} is not supported for the KV cache")
 
 
-def _refuse_other_modules(others: list[_Block]) -> None:
+def _refuse_other_modules(others: list[Block]) -> None:
     for block in others:
         if block.enabled:
             raise _cannot(block, f"{_role(block)} cannot be quantized, here to {block.format.text}")
 
 
-def _role(block: _Block) -> str:
+def _role(block: Block) -> str:
     module = block.modules[0]
     leaf = module.rpartition(".")[2]
     if block.quantizer in _BMM:
@@ -231,7 +238,7 @@ def _role(block: _Block) -> str:
     return names.get(leaf, "this module")
 
 
-def _refuse_half_experts(experts: list[_Block]) -> None:
+def _refuse_half_experts(experts: list[Block]) -> None:
     """All experts, all three matrices, weights and inputs, or a refusal that names both sides."""
     halves = [b for b in experts if b.quantizer != "output_quantizer"]
     on, off = [b for b in halves if b.enabled], [b for b in halves if not b.enabled]
@@ -249,7 +256,7 @@ def _refuse_half_experts(experts: list[_Block]) -> None:
     )
 
 
-def _kv_cache(cache: list[_Block]) -> KVCache | None:
+def _kv_cache(cache: list[Block]) -> KVCache | None:
     states = {b.format.kind if b.enabled else None: b for b in cache}
     if len(states) > 1:
         one, other, *_ = states.values()
