@@ -1,3 +1,33 @@
-"""MiniMax-M2.x to NVFP4: quantize, verify and run."""
+"""MiniMax-M2.x to NVFP4: quantize, verify and run.
+
+>>> import m27quant
+>>> m27quant.quantize_checkpoint("MiniMaxAI/MiniMax-M2.7", "m27-nvfp4")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from m27quant.estimate import DryRun, dry_run
+    from m27quant.quantize import Options, QuantizeResult, quantize_checkpoint
 
 __version__ = "0.1.0"
+
+_LAZY = {
+    "DryRun": "m27quant.estimate",
+    "dry_run": "m27quant.estimate",
+    "Options": "m27quant.quantize",
+    "QuantizeResult": "m27quant.quantize",
+    "quantize_checkpoint": "m27quant.quantize",
+}
+
+__all__ = ["DryRun", "Options", "QuantizeResult", "__version__", "dry_run", "quantize_checkpoint"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: `import m27quant` alone must not import torch."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from m27quant.checkpoint.layout import check_layout
 from m27quant.checkpoint.quant_config import hf_quant_config, output_config, quantization_config
 from m27quant.checkpoint.source import INDEX, Source
 from m27quant.checkpoint.workspace import CONFIG, REPORT, Workspace, check_same
-from m27quant.errors import CheckpointError, EnvironmentFault, M27Error, escape
+from m27quant.errors import CheckpointError, EnvironmentFault, escape
 from m27quant.layer_job import Job, run_embed, run_head, run_layer
 from m27quant.plan import HEAD, Plan, Unit, check_disk, check_paths, disk_needed, make_plan
 from m27quant.progress import Progress, ProgressCallback, ignore
@@ -48,8 +48,8 @@ class Options:
     """How to quantize; the command's options have the same names."""
 
     recipe: str = DEFAULT_RECIPE
-    dataset: Sequence[str] = ()
-    """Hub data sets or local files instead of the recipe's."""
+    dataset: str | Sequence[str] = ()
+    """Hub data sets or local files (one, or several) instead of the recipe's."""
     num_samples: int | None = None
     seq_len: int | None = None
     moe_calib: Literal["full", "natural"] | None = None
@@ -117,7 +117,7 @@ class Prepared:
 
 def quantize_checkpoint(
     model: str, out: str | Path, options: Options | None = None, *, progress: ProgressCallback = ignore,
-    stop: Callable[[], None] = lambda: None, say: Callable[[str], None] = log.info,
+    stop: Callable[[], None] = lambda: None, say: Callable[[str], None] = log.info, **changes: Any,
 ) -> QuantizeResult:  # fmt: skip
     """Quantize MODEL to OUT.
 
@@ -128,11 +128,12 @@ def quantize_checkpoint(
         progress: called with snapshots of the work.
         stop: called often; raises `Interrupted` to end the run resumably.
         say: told where the source was found, what is noteworthy.
+        **changes: fields of `Options` by name, instead of or on top of `options`.
 
     Raises:
         M27Error: see m27quant.errors; nothing that looks like a checkpoint is left behind.
     """
-    options = options or Options()
+    options = replace(options or Options(), **changes)
     started = time.monotonic()
     out = Path(out)
     prepared = prepare(model, out, options, say)
@@ -143,7 +144,7 @@ def quantize_checkpoint(
             return _already_complete(workspace, fingerprint, started)
         workspace.open(fingerprint, resume=options.resume, overwrite=options.overwrite, force_unlock=options.force_unlock)
         try:
-            with RunLog(workspace.private / "run.log") as run_log:
+            with torch.inference_mode(), RunLog(workspace.private / "run.log") as run_log:
                 report = _run(prepared, options, workspace, fingerprint, progress, stop, run_log)
         except BaseException:
             workspace.abandon()
@@ -186,7 +187,8 @@ def prepare(model: str, out: Path, options: Options, say: Callable[[str], None])
 
 
 def _recipe(options: Options) -> Recipe:
-    datasets = tuple(parse_dataset(d) for d in options.dataset) or None
+    wanted = [options.dataset] if isinstance(options.dataset, str) else options.dataset
+    datasets = tuple(parse_dataset(d) for d in wanted) or None
     return load_recipe(options.recipe).with_calibration(
         datasets=datasets, num_samples=options.num_samples, seq_len=options.seq_len, moe_calib=options.moe_calib
     )
@@ -394,5 +396,3 @@ def digest(text: str) -> str:
 
     return hashlib.sha256(text.encode()).hexdigest()
 
-
-__all__ = ["M27Error", "Options", "QuantizeResult", "quantize_checkpoint"]

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import m27quant
-from m27quant.cli import env
+from m27quant.cli import env, quantize
 from m27quant.cli.output import Mode, Output
 from m27quant.cli.recipe import recipe_app
 from m27quant.errors import EnvironmentFault, Interrupted, M27Error, UsageError
@@ -58,6 +58,7 @@ def _program(
 
 app.add_typer(recipe_app, name="recipe")
 app.command("env")(env.env)
+app.command("quantize")(quantize.quantize)
 
 
 class _Stop:
@@ -92,8 +93,6 @@ def _run(args: list[str], stop: _Stop) -> int:
     try:
         result = app(args=args, prog_name="m27quant", standalone_mode=False)
     except M27Error as error:
-        if isinstance(error, Interrupted):
-            error.exit_code = 128 + stop.signum
         return _report(args, error, error)
     except typer.TyperException as error:
         if type(error).__name__ == "NoArgsIsHelpError":

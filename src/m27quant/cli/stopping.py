@@ -1,0 +1,55 @@
+"""Ctrl-C on long work: the first one ends it where it can be resumed, the second one at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from m27quant.cli.output import Output
+from m27quant.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def graceful(output: Output, resume_command: str) -> Iterator[Callable[[], None]]:
+    """Yield a function that raises `Interrupted` once a signal has come; handlers are put back at the end."""
+    came: list[int] = []
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if came:
+            os._exit(128 + signum)
+        came.append(signum)
+        output.status("stopping; once more to stop at once")
+
+    def stop() -> None:
+        if came:
+            raise Interrupted(
+                f"stopped by {signal.Signals(came[0]).name}; what was finished is kept",
+                signum=came[0],
+                hint=f"continue with: {resume_command}",
+            )
+
+    before = {s: signal.signal(s, handle) for s in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def resume_command() -> str:
+    """This process's own command line with `--resume`, without secrets and without `--overwrite`."""
+    kept: list[str] = []
+    skip = False
+    for argument in sys.argv[1:]:
+        if skip or argument in ("--overwrite", "--resume", "--token") or argument.startswith("--token="):
+            skip = argument == "--token"
+            continue
+        kept.append(argument)
+    return shlex.join(["m27quant", *kept, "--resume"])

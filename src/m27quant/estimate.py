@@ -1,0 +1,152 @@
+"""What `--dry-run` tells: sizes to the byte, memory, disk, and time from a short measurement on the real weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from m27quant.calib.layerwise import amax_tensor
+from m27quant.checkpoint import names
+from m27quant.checkpoint.source import Source
+from m27quant.checkpoint.writer import open_shards, plan_shard
+from m27quant.kernels import fp8_dequant
+from m27quant.pack import PackStats, Stored, pack_expert, read_expert
+from m27quant.plan import disk_needed
+from m27quant.quantize import Options, Prepared, log, prepare
+from m27quant.runtime.layer import gated_activation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun:
+    """The plan of a quantization; nothing was written."""
+
+    source: str
+    recipe: str
+    quantized: dict[str, int]
+    """Kind of module -> how many become NVFP4."""
+    left_alone: dict[str, int]
+    """Kind of module -> how many keep their precision."""
+    kv_cache: str | None
+    exclude_modules: list[str]
+    num_tensors: int
+    source_bytes: int
+    output_tensor_bytes: int
+    output_shard_bytes: int
+    """Sum of the shard files' sizes, exactly."""
+    num_shards: int
+    peak_memory_bytes: int
+    peak_device_bytes: int
+    rows_in_memory: bool
+    peak_disk_bytes: int
+    num_samples: int
+    num_tokens: int
+    device: str
+    estimated_seconds: float
+    notices: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def dry_run(
+    model: str, out: str | Path, options: Options | None = None, *, say: Callable[[str], None] = log.info, **changes: Any
+) -> DryRun:  # fmt: skip
+    """Check everything that `quantize_checkpoint` would check and say what it would do.
+
+    Raises:
+        M27Error: as `quantize_checkpoint` would before its work begins.
+    """
+    options = replace(options or Options(), **changes)
+    prepared = prepare(model, Path(out), options, say)
+    with prepared.source as source:
+        plan = prepared.plan
+        return DryRun(
+            source=source.location.describe(),
+            recipe=prepared.recipe.name,
+            quantized=_kinds(plan.resolved.quantized),
+            left_alone=_kinds(plan.resolved.unquantized),
+            kv_cache=plan.resolved.kv_cache,
+            exclude_modules=plan.exclude,
+            num_tensors=plan.num_tensors,
+            source_bytes=source.total_bytes,
+            output_tensor_bytes=plan.tensor_bytes,
+            output_shard_bytes=plan.shard_bytes,
+            num_shards=len(plan.shard_names()),
+            peak_memory_bytes=prepared.memory.peak_bytes,
+            peak_device_bytes=prepared.memory.device_peak_bytes,
+            rows_in_memory=prepared.memory.rows_in_memory,
+            peak_disk_bytes=disk_needed(plan, prepared.hidden_bytes, rows_in_memory=prepared.memory.rows_in_memory),
+            num_samples=len(prepared.sequences.lengths),
+            num_tokens=prepared.sequences.num_tokens,
+            device=str(prepared.device),
+            estimated_seconds=round(estimate_seconds(prepared), 1),
+            notices=prepared.notices,
+        )
+
+
+def _kinds(modules: tuple[str, ...]) -> dict[str, int]:
+    """Count modules by their last name: {"w1": 15872, ...}."""
+    kinds: dict[str, int] = {}
+    for module in modules:
+        kind = module.rpartition(".")[2]
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return dict(sorted(kinds.items()))
+
+
+def estimate_seconds(prepared: Prepared) -> float:
+    """Time of the whole run: one real expert is read, packed and run on one chunk, and scaled up."""
+    source, device = prepared.source, prepared.device
+    c = source.config
+    with torch.inference_mode():
+        expert_s, stored = _time_expert(prepared)
+        tokens = min(prepared.memory.chunk_tokens, prepared.sequences.num_tokens)
+        act_s = _time_activation(source, stored, tokens, device)
+    flop = 2 * 2 * c.hidden_size * c.intermediate_size * tokens
+    rate = flop / act_s
+    dense = 2 * c.hidden_size * (2 * c.q_size + 2 * c.kv_size) + 6 * c.hidden_size * c.intermediate_size * c.num_experts_per_tok
+    per_layer = c.num_local_experts * (expert_s + act_s * prepared.sequences.num_tokens / tokens)
+    per_layer += dense * prepared.sequences.num_tokens / rate
+    return per_layer * c.num_hidden_layers
+
+
+def _time_expert(prepared: Prepared) -> tuple[float, dict[str, Stored]]:
+    """Seconds to read, pack and write one expert; the second of two, as the first warms up."""
+    source = prepared.source
+    seconds = 0.0
+    last = source.config.num_local_experts - 1
+    stored: dict[str, Stored] = {}
+    with TemporaryDirectory(prefix="m27quant-") as folder:
+        for expert in dict.fromkeys((0, last)):
+            specs = [
+                spec
+                for projection, shape in names.expert_shapes(source.config).items()
+                for spec in names.nvfp4_specs(names.expert(0, expert, projection), shape)
+            ]
+            started = time.perf_counter()
+            with open_shards(Path(folder), f"expert-{expert}", [plan_shard(specs)], []) as shards:
+                stored = read_expert(source, 0, expert, prepared.device)
+                pack_expert(source, 0, expert, stored, shards, PackStats())
+                for projection in names.EXPERT_PROJECTIONS:
+                    shards.write(f"{names.expert(0, expert, projection)}.input_scale", torch.tensor(1.0))
+            seconds = time.perf_counter() - started
+    return seconds, stored
+
+
+def _time_activation(source: Source, stored: dict[str, Stored], tokens: int, device: torch.device) -> float:
+    """Seconds for one expert's w1 and w3 over `tokens` tokens and the amax of what comes out."""
+    block = source.config.weight_block_size or fp8_dequant.BLOCK
+    w1, w3 = (w if s is None else fp8_dequant.dequantize(w, s, block=block) for w, s in (stored["w1"], stored["w3"]))
+    h = torch.randn(tokens, source.config.hidden_size, device=device).bfloat16()
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        float(amax_tensor(gated_activation(h, w1, w3)))
+        seconds = time.perf_counter() - started
+    return max(seconds, 1e-9)
+
