@@ -133,9 +133,15 @@ def stored(tensors: dict[str, torch.Tensor], fp8: bool = True) -> dict[str, torc
 
 
 def write_checkpoint(
-    folder: Path, shape: Shape | None = None, *, seed: int = 0, fp8: bool = True, num_shards: int = 3,
-    tensors: dict[str, torch.Tensor] | None = None, config: dict[str, Any] | None = None,
-) -> Path:  # fmt: skip
+    folder: Path,
+    shape: Shape | None = None,
+    *,
+    seed: int = 0,
+    fp8: bool = True,
+    num_shards: int = 3,
+    tensors: dict[str, torch.Tensor] | None = None,
+    config: dict[str, Any] | None = None,
+) -> Path:
     """Write a checkpoint with an index; the BF16 form has exactly the values of the FP8 form."""
     shape = shape or Shape()
     tensors = stored(random_tensors(shape, seed), fp8) if tensors is None else tensors

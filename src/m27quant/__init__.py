@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from m27quant.estimate import DryRun, dry_run
-    from m27quant.quantize import Options, QuantizeResult, quantize_checkpoint
+    from m27quant.prepare import Options
+    from m27quant.quantize import QuantizeResult, quantize_checkpoint
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "DryRun": "m27quant.estimate",
     "dry_run": "m27quant.estimate",
-    "Options": "m27quant.quantize",
+    "Options": "m27quant.prepare",
     "QuantizeResult": "m27quant.quantize",
     "quantize_checkpoint": "m27quant.quantize",
 }

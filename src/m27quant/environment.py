@@ -35,9 +35,23 @@ PACKAGES = (
     "pydantic",
 )
 SIMD = (
-    "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_bf16",
-    "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
-)  # fmt: skip
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "bf16",
+    "i8mm",
+    "sve",
+    "sve2",
+)
 """Instruction sets that the kernels care about, as Linux names them."""
 
 

@@ -18,7 +18,8 @@ from m27quant.checkpoint.writer import open_shards, plan_shard
 from m27quant.kernels import fp8_dequant
 from m27quant.pack import PackStats, Stored, pack_expert, read_expert
 from m27quant.plan import disk_needed
-from m27quant.quantize import Options, Prepared, log, prepare
+from m27quant.prepare import Options, Prepared, prepare
+from m27quant.quantize import log
 from m27quant.runtime.layer import gated_activation
 
 
@@ -55,8 +56,13 @@ class DryRun:
 
 
 def dry_run(
-    model: str, out: str | Path, options: Options | None = None, *, say: Callable[[str], None] = log.info, **changes: Any
-) -> DryRun:  # fmt: skip
+    model: str,
+    out: str | Path,
+    options: Options | None = None,
+    *,
+    say: Callable[[str], None] = log.info,
+    **changes: Any,
+) -> DryRun:
     """Check everything that `quantize_checkpoint` would check and say what it would do.
 
     Raises:
@@ -81,7 +87,9 @@ def dry_run(
             peak_memory_bytes=prepared.memory.peak_bytes,
             peak_device_bytes=prepared.memory.device_peak_bytes,
             rows_in_memory=prepared.memory.rows_in_memory,
-            peak_disk_bytes=disk_needed(plan, prepared.hidden_bytes, rows_in_memory=prepared.memory.rows_in_memory),
+            peak_disk_bytes=disk_needed(
+                plan, prepared.hidden_bytes, rows_in_memory=prepared.memory.rows_in_memory
+            ),
             num_samples=len(prepared.sequences.lengths),
             num_tokens=prepared.sequences.num_tokens,
             device=str(prepared.device),
@@ -109,7 +117,10 @@ def estimate_seconds(prepared: Prepared) -> float:
         act_s = _time_activation(source, stored, tokens, device)
     flop = 2 * 2 * c.hidden_size * c.intermediate_size * tokens
     rate = flop / act_s
-    dense = 2 * c.hidden_size * (2 * c.q_size + 2 * c.kv_size) + 6 * c.hidden_size * c.intermediate_size * c.num_experts_per_tok
+    dense = (
+        2 * c.hidden_size * (2 * c.q_size + 2 * c.kv_size)
+        + 6 * c.hidden_size * c.intermediate_size * c.num_experts_per_tok
+    )
     per_layer = c.num_local_experts * (expert_s + act_s * prepared.sequences.num_tokens / tokens)
     per_layer += dense * prepared.sequences.num_tokens / rate
     return per_layer * c.num_hidden_layers
@@ -141,7 +152,9 @@ def _time_expert(prepared: Prepared) -> tuple[float, dict[str, Stored]]:
 def _time_activation(source: Source, stored: dict[str, Stored], tokens: int, device: torch.device) -> float:
     """Seconds for one expert's w1 and w3 over `tokens` tokens and the amax of what comes out."""
     block = source.config.weight_block_size or fp8_dequant.BLOCK
-    w1, w3 = (w if s is None else fp8_dequant.dequantize(w, s, block=block) for w, s in (stored["w1"], stored["w3"]))
+    w1, w3 = (
+        w if s is None else fp8_dequant.dequantize(w, s, block=block) for w, s in (stored["w1"], stored["w3"])
+    )
     h = torch.randn(tokens, source.config.hidden_size, device=device).bfloat16()
     seconds = 0.0
     for _ in range(2):
@@ -149,4 +162,3 @@ def _time_activation(source: Source, stored: dict[str, Stored], tokens: int, dev
         float(amax_tensor(gated_activation(h, w1, w3)))
         seconds = time.perf_counter() - started
     return max(seconds, 1e-9)
-

@@ -13,7 +13,14 @@ import torch
 
 from m27quant.calib.activations import Chunk, FileRows, MemoryRows, Rows, load_rows, save_rows
 from m27quant.calib.data import Sequences
-from m27quant.calib.layerwise import Dropped, LayerRanges, count_tokens, drop_non_finite, run_attention, run_experts
+from m27quant.calib.layerwise import (
+    Dropped,
+    LayerRanges,
+    count_tokens,
+    drop_non_finite,
+    run_attention,
+    run_experts,
+)
 from m27quant.calib.memory import PIECE_BYTES, MemoryPlan, rss_bytes
 from m27quant.checkpoint import names
 from m27quant.checkpoint.durable import fault_point, move_durably, sha256_of
@@ -66,7 +73,9 @@ def _embedded(job: Job) -> Iterator[tuple[Chunk, torch.Tensor]]:
     for chunk in job.chunks:
         job.stop()
         unique, where = torch.unique(job.sequences.ids[chunk.begin : chunk.end], return_inverse=True)
-        table = torch.cat([job.source.read_rows(names.EMBEDDING, int(i), int(i) + 1) for i in unique.tolist()])
+        table = torch.cat(
+            [job.source.read_rows(names.EMBEDDING, int(i), int(i) + 1) for i in unique.tolist()]
+        )
         yield chunk, drop_non_finite(chunk, table[where], job.dropped)
 
 
@@ -105,7 +114,8 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
     Reads each source tensor once.  Memory: hidden states (or chunks of them), one group of experts.
     """
     assert unit.layer is not None
-    ranges, stats, written = LayerRanges(), PackStats(), []
+    ranges, stats = LayerRanges(), PackStats()
+    written: list[WrittenFile] = []
     started = time.monotonic()
     full = job.plan.resolved.moe_calib == "full"
     with _layer_rows(job, hidden) as (rows, moe_out):
@@ -117,9 +127,17 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
                 job.source, unit.layer, job.memory.expert_group, job.device, shards, stats, job.stop
             )
             run_experts(
-                experts, job.chunks, rows, moe_out, routed, router, job.source.config, ranges,
-                full=full, tick=reporter.expert,
-            )  # fmt: skip
+                experts,
+                job.chunks,
+                rows,
+                moe_out,
+                routed,
+                router,
+                job.source.config,
+                ranges,
+                full=full,
+                tick=reporter.expert,
+            )
             for name in norm_and_router_names(job.source.config, unit.layer):
                 copy_tensor(job.source, name, shards, job.stop)
             record = _write_scales(job, unit.layer, shards, ranges)
@@ -137,7 +155,13 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
 
 
 def _attention(
-    job: Job, layer: int, shards: ShardSet, rows: Rows, router: RouterWeights, ranges: LayerRanges, reporter: _Reporter
+    job: Job,
+    layer: int,
+    shards: ShardSet,
+    rows: Rows,
+    router: RouterWeights,
+    ranges: LayerRanges,
+    reporter: _Reporter,
 ) -> list[list[Assignment]]:
     """Read attention once: its BF16 weights go to the shard and through the tokens."""
     weights = attention_weights(job.source, layer, job.device)

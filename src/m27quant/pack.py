@@ -25,9 +25,13 @@ Stored = tuple[torch.Tensor, torch.Tensor | None]
 class PackStats:
     """Per projection and expert what packing found; lists run over experts."""
 
-    sqnr_db: dict[str, list[float | None]] = field(default_factory=lambda: {p: [] for p in names.EXPERT_PROJECTIONS})
+    sqnr_db: dict[str, list[float | None]] = field(
+        default_factory=lambda: {p: [] for p in names.EXPERT_PROJECTIONS}
+    )
     """None where the matrix is all zero."""
-    weight_scale_2: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in names.EXPERT_PROJECTIONS})
+    weight_scale_2: dict[str, list[float]] = field(
+        default_factory=lambda: {p: [] for p in names.EXPERT_PROJECTIONS}
+    )
     zero_groups: int = 0
     saturated_groups: int = 0
     tiny_groups: int = 0
@@ -41,9 +45,14 @@ def read_expert(source: Source, layer: int, expert: int, device: torch.device) -
 
 
 def stream_experts(
-    source: Source, layer: int, group: int, device: torch.device, shards: ShardSet, stats: PackStats,
+    source: Source,
+    layer: int,
+    group: int,
+    device: torch.device,
+    shards: ShardSet,
+    stats: PackStats,
     should_stop: Callable[[], None],
-) -> Iterator[Sequence[ExpertWeights]]:  # fmt: skip
+) -> Iterator[Sequence[ExpertWeights]]:
     """Pack and write every expert of a layer in order; yields their BF16 weights, `group` experts at a time.
 
     The next expert is read while this one is worked on.  Each source byte is read once.
@@ -75,12 +84,12 @@ def pack_expert(
     block = source.config.weight_block_size or fp8_dequant.BLOCK
     amax = {}
     for projection, (weight, scale) in stored.items():
-        with naming(names.expert(layer, expert, projection)):
+        with Naming(names.expert(layer, expert, projection)):
             amax[projection] = nvfp4_pack.amax(weight, scale, block=block)
     amax["w1"] = amax["w3"] = torch.maximum(amax["w1"], amax["w3"])
     for projection, (weight, scale) in stored.items():
         module = names.expert(layer, expert, projection)
-        with naming(module):
+        with Naming(module):
             packed = nvfp4_pack.pack(weight, scale, amax=amax[projection], block=block)
         shards.write(f"{module}.weight", packed.weight)
         shards.write(f"{module}.weight_scale", packed.weight_scale)
@@ -89,9 +98,14 @@ def pack_expert(
 
 
 def _note(
-    stats: PackStats, module: str, projection: str, weight: torch.Tensor, scale: torch.Tensor | None,
-    packed: nvfp4_pack.PackedNVFP4, block: tuple[int, int],
-) -> None:  # fmt: skip
+    stats: PackStats,
+    module: str,
+    projection: str,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    packed: nvfp4_pack.PackedNVFP4,
+    block: tuple[int, int],
+) -> None:
     error = nvfp4_pack.squared_error(weight, scale, packed, block=block)
     counts = nvfp4_pack.count_groups(weight, scale, packed.weight_scale_2, block=block)
     value = error.sqnr_db if error.signal else None
@@ -115,7 +129,7 @@ def _dequantize(source: Source, layer: int, expert: int, stored: dict[str, Store
     return ExpertWeights(expert, **plain)
 
 
-class naming:
+class Naming:
     """Adds a tensor's name to what a kernel says of its content."""
 
     def __init__(self, module: str) -> None:
@@ -127,5 +141,6 @@ class naming:
     def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
         if isinstance(fault, CheckpointError):
             raise CheckpointError(
-                f"tensor '{self._module}.weight': {fault.message}", hint="the source is damaged; download the shard again"
+                f"tensor '{self._module}.weight': {fault.message}",
+                hint="the source is damaged; download the shard again",
             ) from None

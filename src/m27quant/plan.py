@@ -74,7 +74,9 @@ def make_plan(source: Source, recipe: Recipe, max_shard_bytes: int) -> Plan:
             _unit(f"layer-{i:04d}", i, list(layer_specs(source, resolved, i)), max_shard_bytes)
             for i in range(config.num_hidden_layers)
         ),
-        _unit(HEAD, None, [_copied(source, names.FINAL_NORM), _copied(source, names.LM_HEAD)], max_shard_bytes),
+        _unit(
+            HEAD, None, [_copied(source, names.FINAL_NORM), _copied(source, names.LM_HEAD)], max_shard_bytes
+        ),
     ]
     return Plan(resolved, exclude_modules(resolved.quantized, resolved.unquantized), tuple(units))
 
@@ -136,12 +138,16 @@ def check_paths(source: Path, out: Path) -> None:
     """
     model, target = source.resolve(), out.resolve()
     if model == target or model in target.parents or target in model.parents:
-        raise UsageError(f"OUT {escape(out)} and MODEL {escape(source)} must be two folders, neither inside the other")
+        raise UsageError(
+            f"OUT {escape(out)} and MODEL {escape(source)} must be two folders, neither inside the other"
+        )
     if out.exists() and source.exists() and out.samefile(source):
         raise UsageError(f"OUT {escape(out)} is MODEL by another name")
     folder = _existing_parent(out)
-    if folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK) or _read_only(folder):
-        raise EnvironmentFault(f"{escape(folder)}: not writable", hint="choose another OUT, or change its permissions")
+    if (folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK)) or _read_only(folder):
+        raise EnvironmentFault(
+            f"{escape(folder)}: not writable", hint="choose another OUT, or change its permissions"
+        )
 
 
 def _existing_parent(path: Path) -> Path:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from m27quant.checkpoint.buffers import byte_view
 from m27quant.checkpoint.durable import durable_file, pwrite_all, raise_for_os_error
 from m27quant.checkpoint.header import pread_exactly
 from m27quant.errors import escape
@@ -102,18 +103,22 @@ class FileRows:
 
 
 def as_bytes(rows: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous copy of `rows` on the CPU."""
-    return memoryview(rows.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    """The bytes of `rows`, copied to the CPU where they are elsewhere."""
+    return byte_view(rows.cpu().contiguous())
 
 
 def _read_rows(fd: int, begin: int, count: int, hidden_size: int, path: Path) -> torch.Tensor:
     rows = torch.empty(count, hidden_size, dtype=ROW_DTYPE)
     if rows.numel():
-        pread_exactly(fd, memoryview(rows.view(-1).view(torch.uint8).numpy()), begin * hidden_size * 2, escape(path))
+        pread_exactly(
+            fd, byte_view(rows), begin * hidden_size * 2, escape(path)
+        )
     return rows
 
 
-def save_rows(path: Path, rows: Iterator[tuple[Chunk, torch.Tensor]], num_tokens: int, hidden_size: int) -> None:
+def save_rows(
+    path: Path, rows: Iterator[tuple[Chunk, torch.Tensor]], num_tokens: int, hidden_size: int
+) -> None:
     """Write all chunks to `path` durably."""
     with durable_file(path, num_tokens * hidden_size * 2) as fd:
         for chunk, part in rows:

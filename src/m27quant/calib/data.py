@@ -64,9 +64,15 @@ def parse_dataset(argument: str) -> Dataset:
 
 
 def load_sequences(
-    plan: Calibration, tokenizer_folder: Path, *, vocab_size: int, max_length: int, seed: int = 0, offline: bool = False,
+    plan: Calibration,
+    tokenizer_folder: Path,
+    *,
+    vocab_size: int,
+    max_length: int,
+    seed: int = 0,
+    offline: bool = False,
     token: str | None = None,
-) -> tuple[Sequences, list[str]]:  # fmt: skip
+) -> tuple[Sequences, list[str]]:
     """Read the rows that `plan` asks for; returns them and notices (fewer rows than asked, for instance).
 
     Args:
@@ -94,7 +100,10 @@ def load_sequences(
                 notices.append(f"{escape(dataset.path)} ({split}) gave {len(taken)} of {part} rows")
             sequences += taken
     if not sequences:
-        raise UsageError("the calibration data hold no usable row", hint="pass --dataset FILE with `text`, `messages` or `input_ids`")
+        raise UsageError(
+            "the calibration data hold no usable row",
+            hint="pass --dataset FILE with `text`, `messages` or `input_ids`",
+        )
     return _join(sequences, tuple(d.path for d in plan.datasets)), notices
 
 
@@ -143,10 +152,14 @@ class _Encoder:
         return self._tokenize
 
     def row(self, row: dict[str, Any], dataset: Dataset, where: str) -> list[int]:
-        field = dataset.field or next((f for f in ("input_ids", *CHAT_FIELDS, *TEXT_FIELDS) if f in row), None)
+        field = dataset.field or next(
+            (f for f in ("input_ids", *CHAT_FIELDS, *TEXT_FIELDS) if f in row), None
+        )
         if field is None or field not in row:
             wanted = f"`{field}`" if field else "`input_ids`, `messages` or `text`"
-            raise CheckpointError(f"{where}: no {wanted} in a row with the keys {escape(sorted(map(str, row)))}")
+            raise CheckpointError(
+                f"{where}: no {wanted} in a row with the keys {escape(sorted(map(str, row)))}"
+            )
         value = row[field]
         if isinstance(value, str):
             return self.check(self.tokenize.text(value, self.seq_len), where)
@@ -154,9 +167,13 @@ class _Encoder:
             return self.check(self._chat(value, row, dataset, where), where)
         if isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
             return self.check(_without_padding(value, row.get("attention_mask"), where), where)
-        raise CheckpointError(f"{where}: `{escape(field)}` is neither text, nor chat messages, nor a list of token ids")
+        raise CheckpointError(
+            f"{where}: `{escape(field)}` is neither text, nor chat messages, nor a list of token ids"
+        )
 
-    def _chat(self, messages: list[dict[str, Any]], row: dict[str, Any], dataset: Dataset, where: str) -> list[int]:
+    def _chat(
+        self, messages: list[dict[str, Any]], row: dict[str, Any], dataset: Dataset, where: str
+    ) -> list[int]:
         if dataset.chat == "template":
             return self.tokenize.chat(messages, row.get("tools"), self.seq_len)
         try:
@@ -168,7 +185,9 @@ class _Encoder:
     def check(self, ids: list[int], where: str) -> list[int]:
         if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
             bad = next(i for i in ids if not 0 <= i < self._vocab_size)
-            raise CheckpointError(f"{where}: token id {bad} is outside of the vocabulary of {self._vocab_size}")
+            raise CheckpointError(
+                f"{where}: token id {bad} is outside of the vocabulary of {self._vocab_size}"
+            )
         if len(ids) > self._max_length:
             raise CheckpointError(f"{where}: {len(ids)} tokens, the model takes at most {self._max_length}")
         return ids
@@ -189,13 +208,17 @@ def _rows(
     """Token ids of the rows that are not empty, in the order in which they count."""
     path = Path(dataset.path).expanduser()
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{escape(path)}: calibration data is a file (JSONL, Parquet, text) or a Hub data set, not a folder")
+        raise CheckpointError(
+            f"{escape(path)}: calibration data is a file (JSONL, Parquet, text) or a Hub data set, not a folder"
+        )
     if path.is_file() and path.suffix in TEXT_SUFFIXES:
         yield from _shuffled(_windows(path, encode), seed)
         return
     rows: Iterable[tuple[str, dict[str, Any]]]
     if path.is_file():
-        reader: Callable[[Path], Iterator[tuple[str, dict[str, Any]]]] = _parquet if path.suffix == ".parquet" else _jsonl
+        reader: Callable[[Path], Iterator[tuple[str, dict[str, Any]]]] = (
+            _parquet if path.suffix == ".parquet" else _jsonl
+        )
         rows = _shuffled(reader(path), seed)
     else:
         rows = _streamed(dataset, split, seed, offline, token)
@@ -267,7 +290,10 @@ def _streamed(
     import huggingface_hub.constants
 
     where = f"{escape(dataset.path)} ({split})"
-    hint = "pass --dataset FILE with local JSONL, Parquet or text; for gated data accept the terms on its page and `hf auth login`"
+    hint = (
+        "pass --dataset FILE with local JSONL, Parquet or text; "
+        "for gated data accept the terms on its page and `hf auth login`"
+    )
     if offline or huggingface_hub.constants.HF_HUB_OFFLINE:
         raise EnvironmentFault(f"calibration data {where} is on the Hub, and offline mode is on", hint=hint)
     try:

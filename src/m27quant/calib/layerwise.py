@@ -6,7 +6,8 @@ The two-pass trick of full-expert calibration.  Forcing top-k to all experts mak
 * the input of w2 needs w1 and w3 over all tokens, which is computed;
 * w2 itself need only run for the tokens that are naturally routed to the expert, because only these propagate.
 
-With E experts and K per token that is (2 E + K) / (3 E + 3 K) of the products of two separate passes: 0.66 for 256 and 8.
+With E experts and K per token that is (2 E + K) / (3 E + 3 K) of the products of two separate passes: 0.66
+for 256 and 8.
 """
 
 from __future__ import annotations
@@ -64,9 +65,15 @@ class LayerRanges:
 
 
 def run_attention(
-    chunks: Sequence[Chunk], rows: Rows, weights: M.AttentionWeights, router: M.RouterWeights, config: M2Config,
-    ranges: LayerRanges, dropped: Dropped, tick: Callable[[Chunk], None],
-) -> list[list[M.Assignment]]:  # fmt: skip
+    chunks: Sequence[Chunk],
+    rows: Rows,
+    weights: M.AttentionWeights,
+    router: M.RouterWeights,
+    config: M2Config,
+    ranges: LayerRanges,
+    dropped: Dropped,
+    tick: Callable[[Chunk], None],
+) -> list[list[M.Assignment]]:
     """x := x + attention(norm(x)) in `rows`; returns per chunk and expert the tokens that are routed to it.
 
     K is observed after norm and rotation, V as projected, the MoE input after its norm.
@@ -136,10 +143,18 @@ class ExpertWeights:
 
 
 def run_experts(
-    groups: Iterable[Sequence[ExpertWeights]], chunks: Sequence[Chunk], rows: Rows, out: Rows,
-    routed: Sequence[Sequence[M.Assignment]], router: M.RouterWeights, config: M2Config, ranges: LayerRanges,
-    *, full: bool, tick: Callable[[int], None],
-) -> None:  # fmt: skip
+    groups: Iterable[Sequence[ExpertWeights]],
+    chunks: Sequence[Chunk],
+    rows: Rows,
+    out: Rows,
+    routed: Sequence[Sequence[M.Assignment]],
+    router: M.RouterWeights,
+    config: M2Config,
+    ranges: LayerRanges,
+    *,
+    full: bool,
+    tick: Callable[[int], None],
+) -> None:
     """out := the MoE's output for all tokens of `rows`; ranges of every expert's w2 input.
 
     `full` measures over every token, else over the routed ones alone, which then share their largest.
@@ -166,7 +181,9 @@ def run_experts(
         ranges.w2_input_amax = [max(ranges.w2_input_amax)] * config.num_local_experts
 
 
-def _run_expert(expert: ExpertWeights, h: torch.Tensor, y: torch.Tensor, to: M.Assignment, full: bool) -> torch.Tensor:
+def _run_expert(
+    expert: ExpertWeights, h: torch.Tensor, y: torch.Tensor, to: M.Assignment, full: bool
+) -> torch.Tensor:
     """Add the expert's share to y; returns the amax of w2's input as a scalar tensor."""
     if full:
         act = M.gated_activation(h, expert.w1, expert.w3)
@@ -180,7 +197,9 @@ def _run_expert(expert: ExpertWeights, h: torch.Tensor, y: torch.Tensor, to: M.A
     return amax_tensor(act)
 
 
-def _finite_amax(expert: ExpertWeights, h: torch.Tensor, to: M.Assignment, full: bool, ranges: LayerRanges) -> float:
+def _finite_amax(
+    expert: ExpertWeights, h: torch.Tensor, to: M.Assignment, full: bool, ranges: LayerRanges
+) -> float:
     """The amax over the tokens for which this expert stays finite; the others are counted."""
     act = M.gated_activation(h if full else h[to.rows], expert.w1, expert.w3)
     good = torch.isfinite(act).all(dim=1)
@@ -189,16 +208,24 @@ def _finite_amax(expert: ExpertWeights, h: torch.Tensor, to: M.Assignment, full:
 
 
 def count_tokens(
-    routed: Sequence[Sequence[M.Assignment]], chunks: Sequence[Chunk], dropped: Dropped, ranges: LayerRanges, *, full: bool
+    routed: Sequence[Sequence[M.Assignment]],
+    chunks: Sequence[Chunk],
+    dropped: Dropped,
+    ranges: LayerRanges,
+    *,
+    full: bool,
 ) -> None:
     """Fill in how many tokens each expert saw and how many were routed to it, dropped sequences left out."""
     num_experts = len(routed[0])
     counts = [0] * num_experts
     alive_tokens = 0
     for assigned, chunk in zip(routed, chunks, strict=True):
-        alive = torch.cat([
-            torch.full((n,), s not in dropped.sequences) for s, n in zip(chunk.sequences, chunk.lengths, strict=True)
-        ])  # fmt: skip
+        alive = torch.cat(
+            [
+                torch.full((n,), s not in dropped.sequences)
+                for s, n in zip(chunk.sequences, chunk.lengths, strict=True)
+            ]
+        )
         alive_tokens += int(alive.sum())
         for expert, to in enumerate(assigned):
             counts[expert] += int(alive[to.rows.cpu()].sum()) if dropped.sequences else len(to.rows)

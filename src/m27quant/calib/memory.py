@@ -12,7 +12,7 @@ from m27quant.checkpoint.config import M2Config
 from m27quant.errors import EnvironmentFault
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens per chunk.  Part of the computation's identity: on some processors a matrix product's last bit depends on it."""
+"""Tokens per chunk: part of the computation's identity, as a product's last bit may depend on it."""
 MAX_GROUP = 16
 """More experts at once than this save nothing: the chunk's norm is recomputed once per group."""
 ALLOCATOR_SLACK = 192 * 2**20
@@ -47,7 +47,13 @@ def default_budget() -> int:
 
 
 def plan_memory(
-    config: M2Config, *, num_tokens: int, longest: int, device: torch.device, budget: int, chunk_tokens: int | None = None
+    config: M2Config,
+    *,
+    num_tokens: int,
+    longest: int,
+    device: torch.device,
+    budget: int,
+    chunk_tokens: int | None = None,
 ) -> MemoryPlan:
     """Fit calibration of `num_tokens` tokens into `budget` bytes of resident memory.
 
@@ -62,7 +68,11 @@ def plan_memory(
     base = rss_bytes() + ALLOCATOR_SLACK
     chunk = chunk_tokens or min(CHUNK_TOKENS[device.type], max(num_tokens, 1))
     while True:
-        fixed = (0 if on_gpu else base) + _routing_bytes(config, num_tokens) + _work_bytes(config, max(chunk, longest))
+        fixed = (
+            (0 if on_gpu else base)
+            + _routing_bytes(config, num_tokens)
+            + _work_bytes(config, max(chunk, longest))
+        )
         expert = _expert_bytes(config)
         if fixed + expert <= room or chunk_tokens or chunk <= longest or chunk <= 256:
             break
@@ -96,7 +106,9 @@ def _work_bytes(c: M2Config, tokens: int) -> int:
     """Transients of one chunk: the wider of the attention's and the experts'; attention weights in BF16."""
     weights = 2 * c.hidden_size * (2 * c.q_size + 2 * c.kv_size) * 2
     attention = tokens * (c.q_size * (4 * 4 + 2 * 3) + c.hidden_size * (4 * 3 + 2 * 3))
-    experts = tokens * (c.hidden_size * (4 * 3 + 2 * 4) + c.intermediate_size * 2 * 5 + c.num_local_experts * 4 * 4)
+    experts = tokens * (
+        c.hidden_size * (4 * 3 + 2 * 4) + c.intermediate_size * 2 * 5 + c.num_local_experts * 4 * 4
+    )
     return max(weights + attention, experts) + PIECE_BYTES
 
 

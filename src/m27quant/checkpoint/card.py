@@ -14,10 +14,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 def render_card(report: Mapping[str, Any], *, base_model: str, is_hub_model: bool) -> str:
     """The model card from the quantization report."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
         autoescape=False,  # noqa: S701 - Markdown, and every string is escaped below
         keep_trailing_newline=True,
-    )  # fmt: skip
+    )
     environment.filters["md"] = escape_markdown
     environment.filters["gb"] = lambda n: f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"
     environment.filters["sci"] = lambda x: f"{x:.3e}"

@@ -85,10 +85,12 @@ def _refuse_other_models(raw: dict[str, Any], where: str) -> None:
     model_type, architectures = raw.get("model_type"), raw.get("architectures")
     if model_type != MODEL_TYPE:
         raise CheckpointError(
-            f"{where}: model_type is '{escape(model_type)}'; only '{MODEL_TYPE}' (MiniMax-M2, M2.1, M2.5, M2.7) is supported"
+            f"{where}: model_type is '{escape(model_type)}'; supported is '{MODEL_TYPE}' (MiniMax-M2, M2.1, M2.5, M2.7)"
         )
     if architectures is not None and architectures != [ARCHITECTURE]:
-        raise CheckpointError(f"{where}: architectures is {escape(architectures)}; only ['{ARCHITECTURE}'] is supported")
+        raise CheckpointError(
+            f"{where}: architectures is {escape(architectures)}; only ['{ARCHITECTURE}'] is supported"
+        )
     expected: dict[str, tuple[Any, ...]] = {
         "scoring_func": (None, "sigmoid"),
         "use_qk_norm": (None, True),
@@ -103,7 +105,9 @@ def _refuse_other_models(raw: dict[str, Any], where: str) -> None:
     for key, allowed in expected.items():
         value = raw.get(key)
         if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
-            raise CheckpointError(f"{where}: {key} = {escape(value)} is not a MiniMax-M2.x that this version computes")
+            raise CheckpointError(
+                f"{where}: {key} = {escape(value)} is not a MiniMax-M2.x that this version computes"
+            )
     kinds = raw.get("attn_type_list")
     if kinds is not None and (not isinstance(kinds, list) or any(k != 1 for k in kinds)):
         raise CheckpointError(f"{where}: attn_type_list names attention other than full attention (1)")
@@ -119,7 +123,12 @@ def _integer(raw: dict[str, Any], key: str, where: str, largest: int) -> int:
 
 def _number(raw: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
     value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30 or not math.isfinite(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 < value < 1e30
+        or not math.isfinite(value)
+    ):
         found = "is missing" if value is None else f"is {escape(value)}"
         raise CheckpointError(f"{where}: {key} {found}; expected a positive number")
     return float(value)
@@ -161,7 +170,9 @@ def _weight_block_size(raw: dict[str, Any], where: str) -> tuple[int, int] | Non
             hint="start from the official FP8 checkpoint or a BF16 fine-tune of it",
         )
     if quantization.get("fmt", "float8_e4m3fn") not in ("float8_e4m3fn", "e4m3"):
-        raise CheckpointError(f"{where}: FP8 format '{escape(quantization.get('fmt'))}'; only E4M3 is supported")
+        raise CheckpointError(
+            f"{where}: FP8 format '{escape(quantization.get('fmt'))}'; only E4M3 is supported"
+        )
     block = quantization.get("weight_block_size")
     if (
         not isinstance(block, list)
@@ -177,11 +188,17 @@ def _weight_block_size(raw: dict[str, Any], where: str) -> tuple[int, int] | Non
 
 def _check_consistency(c: M2Config, where: str) -> None:
     if c.num_experts_per_tok > c.num_local_experts:
-        raise CheckpointError(f"{where}: num_experts_per_tok {c.num_experts_per_tok} > num_local_experts {c.num_local_experts}")
+        raise CheckpointError(
+            f"{where}: num_experts_per_tok {c.num_experts_per_tok} > num_local_experts {c.num_local_experts}"
+        )
     if c.num_attention_heads % c.num_key_value_heads:
-        raise CheckpointError(f"{where}: {c.num_attention_heads} query heads do not divide among {c.num_key_value_heads} key/value heads")
+        raise CheckpointError(
+            f"{where}: {c.num_attention_heads} query heads do not divide among {c.num_key_value_heads} key/value heads"
+        )
     if c.rotary_dim % 2 or c.rotary_dim > c.head_dim:
-        raise CheckpointError(f"{where}: rotary_dim {c.rotary_dim} must be even and at most head_dim {c.head_dim}")
+        raise CheckpointError(
+            f"{where}: rotary_dim {c.rotary_dim} must be even and at most head_dim {c.head_dim}"
+        )
     for key in ("hidden_size", "intermediate_size"):
         if getattr(c, key) % GROUP_SIZE:
             raise CheckpointError(

@@ -52,9 +52,12 @@ def raise_for_os_error(fault: OSError, path: Path) -> NoReturn:
     if fault.errno in NO_SPACE:
         free = _free_bytes(path)
         raise EnvironmentFault(
-            f"{shown}: no space left ({fault.strerror}; {free})", hint="free some space and run again with --resume"
+            f"{shown}: no space left ({fault.strerror}; {free})",
+            hint="free some space and run again with --resume",
         ) from None
-    raise EnvironmentFault(f"{shown}: cannot be written ({fault.strerror})", hint="check the folder's permissions and mount") from None
+    raise EnvironmentFault(
+        f"{shown}: cannot be written ({fault.strerror})", hint="check the folder's permissions and mount"
+    ) from None
 
 
 def _free_bytes(path: Path) -> str:
@@ -66,6 +69,7 @@ def _free_bytes(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -84,7 +88,9 @@ def durable_file(path: Path, size: int) -> Iterator[int]:
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}"[:255])
     try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)  # the umask does the rest
+        fd = os.open(
+            temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
+        )  # the umask does the rest
         try:
             if size:
                 os.posix_fallocate(fd, 0, size)
@@ -108,6 +114,7 @@ def durable_file(path: Path, size: int) -> Iterator[int]:
 
 
 def pwrite_all(fd: int, data: memoryview | bytes, offset: int) -> None:
+    """Write all of `data` at `offset`, whatever the system takes at a time."""
     view, done = memoryview(data), 0
     while done < len(view):
         done += os.pwrite(fd, view[done : done + 2**30], offset + done)
@@ -135,5 +142,6 @@ def sweep_temporaries(folder: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal, as the Hub names large files."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -93,7 +93,9 @@ def _header_bytes(path: Path, prefix: bytes, size: int, file: Any) -> bytes:
         raise CheckpointError(f"{shown}: a pickle, which is never loaded", hint="convert it to safetensors")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{shown}: header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}", hint=hint)
+        raise CheckpointError(
+            f"{shown}: header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}", hint=hint
+        )
     if 8 + length > size:
         raise CheckpointError(
             f"{shown}: header ends at byte {8 + length:,} but the file has {size:,}", hint=hint
@@ -130,7 +132,9 @@ def _tensor(path: Path, name: str, entry: Any, begin: int) -> TensorInfo:
         raise CheckpointError(f"{where}: {dtype} {shape} is not a whole number of bytes that could exist")
     start, end = offsets
     if end - start != bits // 8:
-        raise CheckpointError(f"{where}: {dtype} {shape} takes {bits // 8:,} bytes, offsets span {end - start:,}")
+        raise CheckpointError(
+            f"{where}: {dtype} {shape} takes {bits // 8:,} bytes, offsets span {end - start:,}"
+        )
     return TensorInfo(name, dtype, tuple(shape), path, begin + start, begin + end)
 
 
@@ -139,12 +143,19 @@ def _check_coverage(shown: str, tensors: list[TensorInfo], begin: int, size: int
     at = begin
     for tensor in sorted(tensors, key=lambda t: (t.start, t.end)):
         if tensor.start != at:
-            fault = "overlaps the one before it" if tensor.start < at else f"leaves a hole of {tensor.start - at:,} bytes"
-            raise CheckpointError(f"{shown}: tensor '{escape(tensor.name)}' {fault}", hint="download the file again")
+            fault = (
+                "overlaps the one before it"
+                if tensor.start < at
+                else f"leaves a hole of {tensor.start - at:,} bytes"
+            )
+            raise CheckpointError(
+                f"{shown}: tensor '{escape(tensor.name)}' {fault}", hint="download the file again"
+            )
         at = tensor.end
     if at > size:
         raise CheckpointError(
-            f"{shown}: truncated: {size:,} bytes where the header needs {at:,}", hint="download the file again"
+            f"{shown}: truncated: {size:,} bytes where the header needs {at:,}",
+            hint="download the file again",
         )
     if at < size:
         raise CheckpointError(f"{shown}: {size - at:,} trailing bytes behind the last tensor")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,9 @@ class Location:
         return f"Hub repository {self.repo_id} at commit {self.commit}"
 
 
-def locate(model: str, *, revision: str | None = None, offline: bool = False, token: str | None = None) -> Location:
+def locate(
+    model: str, *, revision: str | None = None, offline: bool = False, token: str | None = None
+) -> Location:
     """Find MODEL: an existing folder is local; `org/name[@revision]` (also `hf://...`) is on the Hub.
 
     Raises:
@@ -38,10 +39,15 @@ def locate(model: str, *, revision: str | None = None, offline: bool = False, to
     path = Path(model).expanduser()
     if path.is_dir() and not model.startswith("hf://"):
         if revision is not None:
-            raise UsageError(f"--revision {escape(revision)} is for Hub ids; {escape(model)} is a local folder")
+            raise UsageError(
+                f"--revision {escape(revision)} is for Hub ids; {escape(model)} is a local folder"
+            )
         return Location(path.resolve())
     if path.exists() and not model.startswith("hf://"):
-        raise CheckpointError(f"{escape(model)}: a checkpoint is a folder, this is not", hint="name the folder that holds config.json")
+        raise CheckpointError(
+            f"{escape(model)}: a checkpoint is a folder, this is not",
+            hint="name the folder that holds config.json",
+        )
     repo_id, at, inline = model.removeprefix("hf://").partition("@")
     if model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(repo_id):
         raise CheckpointError(f"{escape(model)}: no such folder, and not a Hub id (org/name)")
@@ -65,18 +71,23 @@ def _snapshot(repo_id: str, revision: str | None, *, offline: bool, token: str |
     except errors.GatedRepoError:
         raise EnvironmentFault(
             f"{repo_id}: gated; access has to be granted first",
-            hint=f"accept the terms on the model's page, then `hf auth login` or set HF_TOKEN",
+            hint="accept the terms on the model's page, then `hf auth login` or set HF_TOKEN",
         ) from None
     except errors.RevisionNotFoundError:
-        raise EnvironmentFault(f"{repo_id}: no revision '{escape(revision)}'", hint="check --revision") from None
+        raise EnvironmentFault(
+            f"{repo_id}: no revision '{escape(revision)}'", hint="check --revision"
+        ) from None
     except errors.LocalEntryNotFoundError:
         raise EnvironmentFault(
-            f"{repo_id}: not in the local cache, and offline mode is on" if offline else f"{repo_id}: the Hub cannot be reached",
+            f"{repo_id}: not in the local cache, and offline mode is on"
+            if offline
+            else f"{repo_id}: the Hub cannot be reached",
             hint=f"fetch it where there is a network: {fetch}",
         ) from None
     except errors.RepositoryNotFoundError:
         raise EnvironmentFault(
-            f"{repo_id}: no such repository on the Hub, or it is private", hint="check the name; `hf auth login` for private ones"
+            f"{repo_id}: no such repository on the Hub, or it is private",
+            hint="check the name; `hf auth login` for private ones",
         ) from None
     except (errors.HfHubHTTPError, OSError) as fault:
         raise EnvironmentFault(
@@ -86,9 +97,11 @@ def _snapshot(repo_id: str, revision: str | None, *, offline: bool, token: str |
     except Exception as fault:
         # The Hub client's transport raises its own tree (httpx); all of it means the network failed.
         if type(fault).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
-            raise EnvironmentFault(f"{repo_id}: the Hub cannot be reached ({escape(fault)})", hint=f"fetch it later: {fetch}") from None
+            raise EnvironmentFault(
+                f"{repo_id}: the Hub cannot be reached ({escape(fault)})", hint=f"fetch it later: {fetch}"
+            ) from None
         raise
-    return Location(Path(folder), repo_id, revision if _is_commit(revision) else os.path.basename(folder))
+    return Location(Path(folder), repo_id, revision if _is_commit(revision) else Path(folder).name)
 
 
 def _is_commit(revision: str | None) -> bool:

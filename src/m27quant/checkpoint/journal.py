@@ -59,7 +59,12 @@ class Journal:
                 return entry
         return None
 
+    def all(self, step: str) -> list[dict[str, Any]]:
+        """Every entry of `step` in order."""
+        return [entry for entry in self.entries if entry["step"] == step]
+
     def close(self) -> None:
+        """Close the file; what was appended is durable already."""
         os.close(self._fd)
 
 
@@ -86,7 +91,9 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
         body = record["body"]
-        if zlib.crc32(json.dumps(body, sort_keys=True).encode()) == record["crc"] and isinstance(body["step"], str):
+        if zlib.crc32(json.dumps(body, sort_keys=True).encode()) == record["crc"] and isinstance(
+            body["step"], str
+        ):
             return dict(body)
     except (ValueError, KeyError, TypeError, RecursionError):
         pass

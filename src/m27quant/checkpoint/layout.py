@@ -33,7 +33,9 @@ def check_layout(source: Source) -> list[str]:
     if not unknown:
         return []
     kind = "multi-token-prediction or other" if any(".layers." in n for n in unknown) else "unknown"
-    return [f"{len(unknown)} {kind} tensors are not part of the model and are left out ('{escape(unknown[0])}' ...)"]
+    return [
+        f"{len(unknown)} {kind} tensors are not part of the model and are left out ('{escape(unknown[0])}' ...)"
+    ]
 
 
 def _plain_tensors(c: M2Config) -> Iterable[tuple[str, tuple[str, ...], tuple[int, ...]]]:
@@ -76,10 +78,17 @@ def _linear_problem(source: Source, module: str, weight: str, shape: tuple[int, 
     if block is None:
         problems = _problem(source, weight, ("BF16",), shape)
         if weight + SCALE_SUFFIX in source.tensors or (problems and "F8_E4M3" in problems[0]):
-            return [f"'{weight}' is block-scaled FP8, but config.json has no quantization_config that says so"]
+            return [
+                f"'{weight}' is block-scaled FP8, but config.json has no quantization_config that says so"
+            ]
         return problems
     info = source.tensors.get(weight)
-    if info is not None and info.dtype == "BF16" and _is_exempt(source, module) and weight + SCALE_SUFFIX not in source.tensors:
+    if (
+        info is not None
+        and info.dtype == "BF16"
+        and _is_exempt(source, module)
+        and weight + SCALE_SUFFIX not in source.tensors
+    ):
         return _problem(source, weight, ("BF16",), shape)
     problems = _problem(source, weight, ("F8_E4M3",), shape)
     blocks = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))

@@ -25,22 +25,27 @@ class TensorSpec:
 
 
 def layer_prefix(layer: int) -> str:
+    """Name of a decoder layer."""
     return f"model.layers.{layer}"
 
 
 def attention(layer: int) -> str:
+    """Name of a layer's attention module."""
     return f"{layer_prefix(layer)}.self_attn"
 
 
 def moe(layer: int) -> str:
+    """Name of a layer's mixture of experts."""
     return f"{layer_prefix(layer)}.block_sparse_moe"
 
 
 def gate(layer: int) -> str:
+    """Name of a router's weight."""
     return f"{moe(layer)}.gate.weight"
 
 
 def correction_bias(layer: int) -> str:
+    """Name of a router's selection bias."""
     return f"{moe(layer)}.e_score_correction_bias"
 
 
@@ -50,10 +55,12 @@ def expert(layer: int, index: int, projection: str) -> str:
 
 
 def k_scale(layer: int) -> str:
+    """Name of the scale of cached keys."""
     return f"{attention(layer)}.k_proj.k_scale"
 
 
 def v_scale(layer: int) -> str:
+    """Name of the scale of cached values."""
     return f"{attention(layer)}.v_proj.v_scale"
 
 

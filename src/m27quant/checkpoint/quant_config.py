@@ -12,7 +12,7 @@ from typing import Any, Literal
 from m27quant.checkpoint.config import GROUP_SIZE
 
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-"""Format and version that the files follow; vLLM accepts no other producer name.  Who wrote the files is in the card."""
+"""Format and version that the files follow; vLLM accepts no other producer name.  The card says who wrote them."""
 
 KvCache = Literal["fp8", "fp8_cast"] | None
 
@@ -60,7 +60,9 @@ def quantization_config(exclude: list[str], kv_cache: KvCache) -> dict[str, Any]
     """The `quantization_config` of config.json."""
     values = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP_SIZE}
     section: dict[str, Any] = {
-        "config_groups": {"group_0": {"input_activations": values, "weights": dict(values), "targets": ["Linear"]}},
+        "config_groups": {
+            "group_0": {"input_activations": values, "weights": dict(values), "targets": ["Linear"]}
+        },
         "ignore": exclude,
         "quant_algo": "NVFP4",
     }

@@ -38,7 +38,9 @@ def collect(folder: Path, raw_config: dict[str, Any]) -> tuple[dict[str, bytes],
     _add_tokenizer_config(folder, files, notices)
     _add_generation_config(folder, files, notices)
     files |= _remote_code(folder, raw_config, notices)
-    if not any(name.startswith("chat_template") for name in files) and b'"chat_template"' not in files.get("tokenizer_config.json", b""):
+    if not any(name.startswith("chat_template") for name in files) and b'"chat_template"' not in files.get(
+        "tokenizer_config.json", b""
+    ):
         notices.append("the source has no chat template")
     return files, notices
 
@@ -48,9 +50,13 @@ def _read(folder: Path, name: str) -> bytes | None:
     if not path.exists():
         return None
     target, home = path.resolve(), folder.resolve()
-    inside_cache = home.parent.name == "snapshots" and target.parent == (home.parent.parent / "blobs").resolve()
+    inside_cache = (
+        home.parent.name == "snapshots" and target.parent == (home.parent.parent / "blobs").resolve()
+    )
     if path.is_symlink() and target.parent != home and not inside_cache:
-        raise CheckpointError(f"{escape(path)}: a link that leaves the folder", hint="copy the file into the folder")
+        raise CheckpointError(
+            f"{escape(path)}: a link that leaves the folder", hint="copy the file into the folder"
+        )
     data = read_bytes(path, MAX_SIDECAR_BYTES)
     refuse_lfs_pointer(path, data[:200])
     return data
@@ -85,11 +91,15 @@ def _add_generation_config(folder: Path, files: dict[str, bytes], notices: list[
     eos = end_of_turn_id(files)
     if "eos_token_id" not in config and eos is not None:
         config["eos_token_id"] = eos
-        notices.append(f"generation_config.json of the source names no eos; {eos} ('{END_OF_TURN}' of the tokenizer) was written")
+        notices.append(
+            f"generation_config.json of the source names no eos; {eos} ('{END_OF_TURN}' of the tokenizer) was written"
+        )
     if config:
         files["generation_config.json"] = to_json(config)
     else:
-        notices.append("the source has no generation_config.json and its end-of-turn token is unknown; engines may not stop")
+        notices.append(
+            "the source has no generation_config.json and its end-of-turn token is unknown; engines may not stop"
+        )
 
 
 def end_of_turn_id(files: dict[str, bytes]) -> int | None:
@@ -98,7 +108,11 @@ def end_of_turn_id(files: dict[str, bytes]) -> int | None:
         return None
     tokens = json.loads(files["tokenizer.json"]).get("added_tokens") or []
     for token in tokens:
-        if isinstance(token, dict) and token.get("content") == END_OF_TURN and isinstance(token.get("id"), int):
+        if (
+            isinstance(token, dict)
+            and token.get("content") == END_OF_TURN
+            and isinstance(token.get("id"), int)
+        ):
             return int(token["id"])
     return None
 
@@ -109,7 +123,9 @@ def _remote_code(folder: Path, raw_config: dict[str, Any], notices: list[str]) -
     if not isinstance(auto_map, dict) or not auto_map:
         return {}
     wanted = {str(v).partition(".")[0] + ".py" for v in auto_map.values()}
-    found = {name: data for name in sorted(wanted) if _is_plain(name) and (data := _read(folder, name)) is not None}
+    found = {
+        name: data for name in sorted(wanted) if _is_plain(name) and (data := _read(folder, name)) is not None
+    }
     if set(found) != wanted:
         notices.append("config.json's auto_map names code that is not in the folder; auto_map is left out")
         return {}
@@ -122,6 +138,7 @@ def _is_plain(name: str) -> bool:
 
 
 def has_remote_code(files: dict[str, bytes]) -> bool:
+    """True where the code that auto_map names comes along."""
     return any(name.endswith(".py") for name in files)
 
 

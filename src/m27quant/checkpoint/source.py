@@ -12,6 +12,7 @@ from pathlib import Path, PureWindowsPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from m27quant.checkpoint.buffers import byte_view
 from m27quant.checkpoint.config import M2Config, read_config
 from m27quant.checkpoint.header import Header, TensorInfo, pread_exactly, read_header
 from m27quant.checkpoint.hub import Location
@@ -49,7 +50,9 @@ class Source:
     def __enter__(self) -> Source:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -78,7 +81,9 @@ class Source:
         shards = sorted(self.folder.glob("*.safetensors"))
         pickles = sorted([*self.folder.glob("*.bin"), *self.folder.glob("*.pt"), *self.folder.glob("*.pth")])
         if shards:
-            raise CheckpointError(f"{escape(self.folder)}: {len(shards)} shards but no {INDEX}", hint=f"fetch {INDEX} too")
+            raise CheckpointError(
+                f"{escape(self.folder)}: {len(shards)} shards but no {INDEX}", hint=f"fetch {INDEX} too"
+            )
         if pickles:
             raise CheckpointError(
                 f"{escape(self.folder)}: only pickled weights ({escape(pickles[0].name)}), which are never loaded",
@@ -101,15 +106,18 @@ class Source:
         if missing:
             shown = ", ".join(escape(s) for s in missing[:5]) + (" ..." if len(missing) > 5 else "")
             raise CheckpointError(
-                f"{escape(self.folder)}: {len(missing)} of {len(by_shard)} shards that the index names are missing: {shown}",
-                hint=f"fetch them: hf download {self.location.repo_id or 'ORG/NAME'} {escape(missing[0])} --local-dir {escape(self.folder)}",
+                f"{escape(self.folder)}: {len(missing)} of the index's {len(by_shard)} shards are missing: {shown}",
+                hint=f"fetch them: hf download {self.location.repo_id or 'ORG/NAME'} {escape(missing[0])} "
+                f"--local-dir {escape(self.folder)}",
             )
         tensors = {}
         for shard, names in by_shard.items():
             header = self.headers[self.folder / shard]
             for name in names:
                 if name not in header.tensors:
-                    raise CheckpointError(f"{INDEX} maps tensor '{escape(name)}' to {escape(shard)}, which does not hold it")
+                    raise CheckpointError(
+                        f"{INDEX} maps tensor '{escape(name)}' to {escape(shard)}, which does not hold it"
+                    )
                 tensors[name] = header.tensors[name]
         for path, header in self.headers.items():
             stray = [n for n in header.tensors if n not in tensors or tensors[n].path != path]
@@ -147,7 +155,9 @@ class Source:
         count = info.nbytes - offset if nbytes is None else nbytes
         raw = torch.empty(count, dtype=torch.uint8)
         if count:
-            pread_exactly(self._open(info.path), memoryview(raw.numpy()), info.start + offset, escape(info.path))
+            pread_exactly(
+                self._open(info.path), byte_view(raw), info.start + offset, escape(info.path)
+            )
         return raw
 
     @staticmethod
@@ -171,7 +181,9 @@ class Source:
         except OSError:
             raise CheckpointError(f"{escape(path)}: vanished while it was in use") from None
         if (now.st_size, now.st_mtime_ns) != (header.file_size, header.mtime_ns):
-            raise CheckpointError(f"{escape(path)}: changed while it was in use", hint="let nothing write to MODEL during a run")
+            raise CheckpointError(
+                f"{escape(path)}: changed while it was in use", hint="let nothing write to MODEL during a run"
+            )
 
     def identity(self) -> dict[str, str]:
         """What the run's fingerprint records of the source: shard -> size and header digest, and config.json."""
@@ -194,7 +206,9 @@ def torch_dtype(info: TensorInfo) -> torch.dtype:
         "F32": torch.float32, "F64": torch.float64,
     }  # fmt: skip
     if info.dtype not in known:
-        raise CheckpointError(f"tensor '{escape(info.name)}' has dtype {info.dtype}, which MiniMax-M2.x does not use")
+        raise CheckpointError(
+            f"tensor '{escape(info.name)}' has dtype {info.dtype}, which MiniMax-M2.x does not use"
+        )
     return known[info.dtype]
 
 
@@ -217,8 +231,17 @@ def _check_stays_inside(folder: Path, shard: str) -> None:
     Windows rules are applied on every system, so that a checkpoint is refused everywhere or nowhere.
     """
     windows = PureWindowsPath(shard)
-    if "\x00" in shard or windows.name != shard or windows.drive or shard in ("", ".", "..") or len(shard) > 255:
-        raise CheckpointError(f"{INDEX}: '{escape(shard)}' is not a plain file name; it would leave the folder", hint="do not use this checkpoint")
+    if (
+        "\x00" in shard
+        or windows.name != shard
+        or windows.drive
+        or shard in ("", ".", "..")
+        or len(shard) > 255
+    ):
+        raise CheckpointError(
+            f"{INDEX}: '{escape(shard)}' is not a plain file name; it would leave the folder",
+            hint="do not use this checkpoint",
+        )
     if not shard.endswith(".safetensors"):
         raise CheckpointError(f"{INDEX}: '{escape(shard)}' is not a .safetensors file")
     path = folder / shard
@@ -231,4 +254,6 @@ def _check_stays_inside(folder: Path, shard: str) -> None:
     blobs = home.parent.parent / "blobs"
     in_cache = home.parent.name == "snapshots" and target.parent == blobs.resolve()
     if target.parent != home and not in_cache:
-        raise CheckpointError(f"{escape(path)}: a link that leaves the folder", hint="copy the file into the folder")
+        raise CheckpointError(
+            f"{escape(path)}: a link that leaves the folder", hint="copy the file into the folder"
+        )

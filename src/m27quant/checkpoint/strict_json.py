@@ -29,7 +29,9 @@ def require_regular_file(path: Path) -> os.stat_result:
     except FileNotFoundError:
         raise CheckpointError(f"{shown}: no such file") from None
     except PermissionError as fault:
-        raise EnvironmentFault(f"{shown}: not accessible ({fault.strerror})", hint="check the folder's permissions") from None
+        raise EnvironmentFault(
+            f"{shown}: not accessible ({fault.strerror})", hint="check the folder's permissions"
+        ) from None
     except OSError as fault:
         raise CheckpointError(f"{shown}: cannot be opened ({fault.strerror})") from None
     if not stat.S_ISREG(info.st_mode):
@@ -86,9 +88,7 @@ def parse(text: bytes, where: str) -> Any:
     if text.startswith(b"\xef\xbb\xbf"):
         raise CheckpointError(f"{where}: begins with a byte-order mark", hint="save it as plain UTF-8")
     try:
-        return json.loads(
-            text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant
-        )
+        return json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
     except UnicodeDecodeError as fault:
         raise CheckpointError(f"{where}: not UTF-8 at byte {fault.start}") from None
     except json.JSONDecodeError as fault:

@@ -17,8 +17,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from m27quant.checkpoint.durable import (
-    fault_point, move_durably, raise_for_os_error, sha256_of, sweep_temporaries, sync_folder, write_durably,
-)  # fmt: skip
+    fault_point,
+    move_durably,
+    raise_for_os_error,
+    sha256_of,
+    sweep_temporaries,
+    sync_folder,
+    write_durably,
+)
 from m27quant.checkpoint.journal import Journal
 from m27quant.checkpoint.source import INDEX
 from m27quant.checkpoint.strict_json import read_object
@@ -45,7 +51,9 @@ class Workspace:
 
     # -- opening --------------------------------------------------------------------------------
 
-    def open(self, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool, force_unlock: bool = False) -> None:
+    def open(
+        self, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool, force_unlock: bool = False
+    ) -> None:
         """Take the lock and the journal, fresh or resumed.
 
         Raises:
@@ -81,15 +89,23 @@ class Workspace:
             found = sorted(p.name for p in self.out.iterdir()) if self.out.exists() else []
         except OSError as fault:
             raise_for_os_error(fault, self.out)
-        if not found or overwrite and self.is_ours():
+        if not found or (overwrite and self.is_ours()):
             return
         if not self.is_ours():
             names = ", ".join(escape(n) for n in found[:5]) + (" ..." if len(found) > 5 else "")
-            raise OutputError(f"{shown}: not empty, and not made by m27quant ({names})", hint="choose an empty or new folder")
+            raise OutputError(
+                f"{shown}: not empty, and not made by m27quant ({names})",
+                hint="choose an empty or new folder",
+            )
         if not resume and self.is_unfinished():
-            raise UsageError(f"{shown}: holds an unfinished run", hint="continue it with --resume, or drop it with --overwrite")
+            raise UsageError(
+                f"{shown}: holds an unfinished run",
+                hint="continue it with --resume, or drop it with --overwrite",
+            )
         if not resume:
-            raise UsageError(f"{shown}: already holds a finished checkpoint", hint="replace it with --overwrite")
+            raise UsageError(
+                f"{shown}: already holds a finished checkpoint", hint="replace it with --overwrite"
+            )
 
     def is_unfinished(self) -> bool:
         return (self.private / "journal.jsonl").exists()
@@ -119,7 +135,8 @@ class Workspace:
             self._lock.acquire()
         except Timeout:
             raise OutputError(
-                f"{escape(self.out)}: another run is writing here ({_describe(owner)})", hint="wait for it, or stop it first"
+                f"{escape(self.out)}: another run is writing here ({_describe(owner)})",
+                hint="wait for it, or stop it first",
             ) from None
         host = _host()
         try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from m27quant.checkpoint.buffers import byte_view
 from m27quant.checkpoint.durable import durable_file, fault_point, move_durably, pwrite_all, sha256_of
 from m27quant.checkpoint.header import DTYPE_BITS
 from m27quant.checkpoint.names import TensorSpec
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def nbytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor's data."""
     return math.prod(spec.shape) * DTYPE_BITS[spec.dtype] // 8
 
 
@@ -99,7 +101,9 @@ class ShardSet:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a whole tensor; shape and dtype must be as planned."""
         spec = self._place[name][1]
-        assert tuple(tensor.shape) == spec.shape, f"{name}: {tuple(tensor.shape)} is not the planned {spec.shape}"
+        assert tuple(tensor.shape) == spec.shape, (
+            f"{name}: {tuple(tensor.shape)} is not the planned {spec.shape}"
+        )
         self.write_part(name, tensor, 0)
 
     def write_part(self, name: str, tensor: torch.Tensor, offset: int) -> None:
@@ -108,7 +112,7 @@ class ShardSet:
 
         fd, spec, start = self._place[name]
         assert tensor.element_size() * 8 == DTYPE_BITS[spec.dtype] or tensor.dtype == torch.uint8, name
-        data = memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = byte_view(tensor.cpu().contiguous())
         assert offset + len(data) <= nbytes(spec), f"{name}: more bytes than planned"
         pwrite_all(fd, data, start + offset)
         self._missing[name] -= len(data)
@@ -120,12 +124,16 @@ class ShardSet:
 
 
 @contextmanager
-def open_shards(folder: Path, stem: str, plans: list[ShardPlan], written: list[WrittenFile]) -> Iterator[ShardSet]:
+def open_shards(
+    folder: Path, stem: str, plans: list[ShardPlan], written: list[WrittenFile]
+) -> Iterator[ShardSet]:
     """Open `plans` as files in `folder`; when the block ends well they are durable and listed in `written`.
 
     Files are named `STEM-I.HASH.safetensors` by their content, so that nothing is ever overwritten.
     """
-    with _open_all([folder / f"{stem}-{i}.partial" for i in range(len(plans))], plans, written) as descriptors:
+    with _open_all(
+        [folder / f"{stem}-{i}.partial" for i in range(len(plans))], plans, written
+    ) as descriptors:
         for plan, fd in zip(plans, descriptors, strict=True):
             pwrite_all(fd, plan.header, 0)
         shards = ShardSet(plans, descriptors)

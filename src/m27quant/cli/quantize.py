@@ -23,33 +23,57 @@ CALIBRATION = "Calibration"
 RUN = "Run"
 
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.", show_default=False)]
-RecipeOption = Annotated[str, typer.Option("--recipe", metavar="RECIPE", help="A name from `m27quant recipe list`, or a YAML file.")]
+RecipeOption = Annotated[
+    str,
+    typer.Option("--recipe", metavar="RECIPE", help="A name from `m27quant recipe list`, or a YAML file."),
+]
 DatasetOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--dataset", metavar="DATA", rich_help_panel=CALIBRATION, show_default=False,
+        "--dataset",
+        metavar="DATA",
+        rich_help_panel=CALIBRATION,
+        show_default=False,
         help="A JSONL, Parquet or text file, or a Hub data set, instead of the recipe's; may be repeated.",
     ),
-]  # fmt: skip
+]
 NumSamples = Annotated[
     int | None,
-    typer.Option(min=1, help="Calibration rows in all; the recipes say 1024.", rich_help_panel=CALIBRATION, show_default=False),
+    typer.Option(
+        min=1,
+        help="Calibration rows in all; the recipes say 1024.",
+        rich_help_panel=CALIBRATION,
+        show_default=False,
+    ),
 ]
 SeqLen = Annotated[
     int | None,
-    typer.Option(min=1, help="Tokens per row; the recipes say 512.", rich_help_panel=CALIBRATION, show_default=False),
+    typer.Option(
+        min=1, help="Tokens per row; the recipes say 512.", rich_help_panel=CALIBRATION, show_default=False
+    ),
 ]
 MoeCalib = Annotated[
     str | None,
     typer.Option(
-        metavar="full|natural", rich_help_panel=CALIBRATION, show_default=False,
-        help="full: every expert sees every token, as with top-k forced to all (the recipes' choice); natural: routed ones only.",
+        metavar="full|natural",
+        rich_help_panel=CALIBRATION,
+        show_default=False,
+        help="full: every expert sees every token, as with top-k forced to all; natural: routed ones only.",
     ),
-]  # fmt: skip
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.", rich_help_panel=RUN)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what m27quant made in OUT before.", rich_help_panel=RUN)]
-ForceUnlock = Annotated[bool, typer.Option("--force-unlock", help="Take over from a run on another machine that is dead.", rich_help_panel=RUN)]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.", rich_help_panel=RUN)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what m27quant made in OUT before.", rich_help_panel=RUN)
+]
+ForceUnlock = Annotated[
+    bool,
+    typer.Option(
+        "--force-unlock", help="Take over from a run on another machine that is dead.", rich_help_panel=RUN
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done; write nothing.", rich_help_panel=RUN)
+]
 
 
 def quantize(
@@ -82,7 +106,6 @@ def quantize(
     any time, the same command with --resume goes on where it was.
 
     Examples:
-
       m27quant quantize MiniMaxAI/MiniMax-M2.7 m27-nvfp4
 
       m27quant quantize ./m27 ./m27-nvfp4 --dataset rows.jsonl --max-memory 16GiB --dry-run
@@ -90,14 +113,26 @@ def quantize(
     if moe_calib not in (None, "full", "natural"):
         raise typer.BadParameter(f"{moe_calib!r} is neither full nor natural", param_hint="--moe-calib")
     output = Output.open(json=json, quiet=quiet, verbose=verbose)
-    from m27quant.quantize import DEFAULT_SHARD_BYTES, Options, quantize_checkpoint
+    from m27quant.prepare import DEFAULT_SHARD_BYTES, Options
+    from m27quant.quantize import quantize_checkpoint
 
     chosen = Options(
-        recipe=recipe, dataset=tuple(dataset or ()), num_samples=num_samples, seq_len=seq_len, moe_calib=moe_calib,  # type: ignore[arg-type]  # checked above
-        device=device, max_memory=max_memory, max_shard_size=max_shard_size or DEFAULT_SHARD_BYTES, resume=resume,
-        overwrite=overwrite, force_unlock=force_unlock, revision=revision, offline=offline,
-        token=token.reveal() if token else None, seed=seed,
-    )  # fmt: skip
+        recipe=recipe,
+        dataset=tuple(dataset or ()),
+        num_samples=num_samples,
+        seq_len=seq_len,
+        moe_calib=moe_calib,  # type: ignore[arg-type]  # checked above
+        device=device,
+        max_memory=max_memory,
+        max_shard_size=max_shard_size or DEFAULT_SHARD_BYTES,
+        resume=resume,
+        overwrite=overwrite,
+        force_unlock=force_unlock,
+        revision=revision,
+        offline=offline,
+        token=token.reveal() if token else None,
+        seed=seed,
+    )
 
     def say(message: str) -> None:
         kind, _, text = message.partition(": ")
@@ -132,7 +167,8 @@ def _summary(result: QuantizeResult) -> RenderableType:
     seen = "all tokens" if cal["moe_calib"] == "full" else "routed tokens only, ranges shared"
     facts = {
         "checkpoint": str(result.out),
-        "size": f"{format_size(s['source_bytes'])} -> {format_size(s['output_bytes'])}, {s['compression']:.2f} times smaller",
+        "size": f"{format_size(s['source_bytes'])} -> {format_size(s['output_bytes'])} "
+        f"({s['compression']:.2f} times smaller)",
         "tensors": f"{s['num_tensors']:,} in {len(report['shards'])} shards",
         "calibration": f"{cal['num_samples']:,} rows, {cal['num_tokens']:,} tokens, every expert on {seen}",
         "natural routing": f"{cover['routed_tokens_min']:,} to {cover['routed_tokens_max']:,} tokens an expert, "
@@ -141,20 +177,27 @@ def _summary(result: QuantizeResult) -> RenderableType:
         "input_scale": _span(scales["input_scale"]),
     }
     if scales["k_scale"]:
-        facts["kv scales"] = "k {min:.3g} to {max:.3g}".format(**scales["k_scale"]) + ", v {min:.3g} to {max:.3g}".format(**scales["v_scale"])
+        facts["kv scales"] = "k {min:.3g} to {max:.3g}".format(
+            **scales["k_scale"]
+        ) + ", v {min:.3g} to {max:.3g}".format(**scales["v_scale"])
     if s["sqnr_db"]:
         worst = s["sqnr_db"]["worst"]
         facts["weight SQNR"] = (
             f"mean {s['sqnr_db']['mean']:.2f} dB, worst {worst['db']:.2f} dB "
             f"(layer {worst['layer']}, expert {worst['expert']}, {worst['projection']})"
         )
-    facts["time and memory"] = f"{format_duration(result.elapsed_s)}, {format_size(result.peak_rss_bytes)} at the peak"
+    facts["time and memory"] = (
+        f"{format_duration(result.elapsed_s)}, {format_size(result.peak_rss_bytes)} at the peak"
+    )
     rows = [(w["layer"], f"{w['mean_db']:.2f}", f"{w['min_db']:.2f}") for w in s["worst_layers"]]
     title = "already complete" if result.was_complete else "done"
     return Group(
-        Text(title, style="bold green"), pairs(facts), "", Text("worst layers by SQNR", style="bold"),
+        Text(title, style="bold green"),
+        pairs(facts),
+        "",
+        Text("worst layers by SQNR", style="bold"),
         grid(("layer", "mean dB", "min dB"), rows),
-    )  # fmt: skip
+    )
 
 
 def _span(by_projection: dict[str, dict[str, float]]) -> str:
@@ -172,7 +215,9 @@ def _planned(plan: DryRun) -> RenderableType:
         "recipe": plan.recipe,
         "to NVFP4": to_nvfp4,
         "left alone": f"{kept} ({len(plan.exclude_modules)} entries in the exclude list)",
-        "KV cache": {"fp8": "FP8 with calibrated scales", "fp8_cast": "FP8 without scale tensors"}.get(plan.kv_cache or "", "BF16"),
+        "KV cache": {"fp8": "FP8 with calibrated scales", "fp8_cast": "FP8 without scale tensors"}.get(
+            plan.kv_cache or "", "BF16"
+        ),
         "source size": f"{plan.source_bytes:,} bytes",
         "output": f"{plan.output_shard_bytes:,} bytes in {plan.num_shards} shards, {plan.num_tensors:,} tensors",
         "calibration": f"{plan.num_samples:,} rows, {plan.num_tokens:,} tokens, on {plan.device}",

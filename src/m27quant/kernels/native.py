@@ -8,9 +8,10 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -85,7 +86,12 @@ def over_rows(call: Callable[[int, int], _T], num_rows: int, step: int, row_byte
     cuts = [min(steps * part // parts * step, num_rows) for part in range(parts + 1)]
     if parts == 1:
         return [call(0, num_rows)]
-    return list(_pool(os.getpid(), parts).map(call, cuts[:-1], cuts[1:]))
+    pool = _pool(os.getpid(), parts)
+    futures = [pool.submit(call, first, end) for first, end in pairwise(cuts)]
+    try:
+        return [future.result() for future in futures]
+    finally:
+        wait(futures)  # after Ctrl-C too: the threads write to tensors that the caller is about to free
 
 
 _BYTES_PER_THREAD = 1 << 17  # waking a thread costs as much as 100 KB of work

@@ -19,25 +19,30 @@ MAX_IMPORTS = 16
 """How deep snippets may import snippets."""
 
 
-def library_root() -> Path:
-    """Return the folder of modelopt's recipe collection; it holds data only, nothing of it is executed."""
+def library_root() -> Path | None:
+    """Return the folder of modelopt's recipe collection, None without one; nothing in it is executed."""
     spec = importlib.util.find_spec("modelopt_recipes")
     if spec is None or not spec.submodule_search_locations:
-        raise EnvironmentFault(
-            "modelopt's recipe collection (package modelopt_recipes) is not installed",
-            hint="pip install nvidia-modelopt",
-        )
+        return None
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def library_file(name: str) -> Path | None:
     """Return the file of modelopt's collection that `name` means, suffix or not; None if there is none."""
-    parts = PurePosixPath(name)
-    if not name or parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
+    root, parts = library_root(), PurePosixPath(name)
+    if root is None or not name or parts.is_absolute() or ".." in parts.parts or "\\" in name or "\0" in name:
         return None
     suffixes = ("",) if name.endswith((".yml", ".yaml")) else (".yml", ".yaml")
-    candidates = [library_root() / f"{name}{suffix}" for suffix in suffixes]
+    candidates = [root / f"{name}{suffix}" for suffix in suffixes]
     return next((path for path in candidates if exists(path) and path.is_file()), None)
+
+
+def library_label(path: Path) -> str | None:
+    """Return how messages name a file of the collection, None for any other file."""
+    root = library_root()
+    if root is None or not path.resolve().is_relative_to(root.resolve()):
+        return None
+    return f"modelopt_recipes/{path.resolve().relative_to(root.resolve())}"
 
 
 def exists(path: Path) -> bool:
@@ -95,6 +100,11 @@ class _Resolver:
 
     def snippet(self, target: str, place: Place, loading: tuple[str, ...]) -> Value:
         path = library_file(target)
+        if path is None and library_root() is None:
+            raise EnvironmentFault(
+                f"{place}: the recipe imports from modelopt's collection, which is not installed",
+                hint="pip install nvidia-modelopt",
+            )
         if path is None:
             raise place.error(
                 f"`{escape(target)}` is not in modelopt's recipe collection",
@@ -103,7 +113,7 @@ class _Resolver:
         key = str(path)
         if key in loading or len(loading) >= MAX_IMPORTS:
             raise place.error(f"`{escape(target)}` is imported in a circle")
-        label = f"modelopt_recipes/{path.relative_to(library_root())}"
+        label = library_label(path) or target
         documents = parse(read_limited(path, label), label, library=True)
         header, body = (documents[0], documents[-1]) if documents else (None, None)
         if isinstance(body, Map) and "imports" in body:

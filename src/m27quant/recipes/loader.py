@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from m27quant.errors import RecipeError, escape
-from m27quant.recipes.imports import exists, library_file, library_root, read_limited, resolve_imports
+from m27quant.recipes.imports import exists, library_file, library_label, read_limited, resolve_imports
 from m27quant.recipes.recipe import Recipe
 from m27quant.recipes.schema import RecipeFile, closest
 from m27quant.recipes.strict_yaml import Map, Place, Seq, Value, parse
@@ -41,11 +41,11 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         return _read(_FOLDER / f"{name}.yaml", label=f"{name}.yaml", name=name, source="builtin")
     path = Path(wanted)
     if wanted and "\0" not in wanted and exists(path):
-        library = path.resolve().is_relative_to(library_root())
+        library = library_label(path) is not None
         return _read(path, label=wanted, name=path.stem, source=wanted, library=library)
     found = library_file(wanted)
     if found is not None:
-        label = f"modelopt_recipes/{found.relative_to(library_root())}"
+        label = library_label(found) or wanted
         return _read(found, label=label, name=found.stem, source=label, library=True)
     near = closest(wanted, [*BUILTIN, *ALIASES])
     raise RecipeError(
@@ -101,7 +101,7 @@ def _check_coverage(file: RecipeFile, tree: Map) -> None:
 
 def _find(tree: Value, location: tuple[int | str, ...]) -> Place:
     """Return the place of the innermost part of `location` that the file has."""
-    assert isinstance(tree, Map | Seq)  # noqa: S101 - the root is a mapping
+    assert isinstance(tree, Map | Seq)
     place = tree.place
     node: Value = tree
     for part in location:

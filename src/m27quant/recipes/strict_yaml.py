@@ -96,6 +96,8 @@ def parse(data: bytes, file: str, *, library: bool = False) -> list[Value]:
         raise place.error(f"not valid YAML: {escape(error.problem or error.context or error)}") from None
     except yaml.YAMLError as error:
         raise start.error(f"not valid YAML: {escape(str(error).splitlines()[0])}") from None
+    except (ValueError, OverflowError):  # PyYAML lets these out for "\UFFFFFFFF" and endless version numbers
+        raise start.error("not valid YAML: an escape or a directive holds an impossible number") from None
 
 
 class _Reader:

@@ -14,10 +14,18 @@ PROJECTIONS = ("w1", "w2", "w3")
 
 
 def build_report(
-    *, version: str, fingerprint: Mapping[str, Any], source: Mapping[str, Any], recipe: Mapping[str, Any],
-    calibration: Mapping[str, Any], records: Sequence[Mapping[str, Any]], shards: Mapping[str, Mapping[str, Any]],
-    files: Sequence[str], sizes: Mapping[str, int], notices: Sequence[str],
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    version: str,
+    fingerprint: Mapping[str, Any],
+    source: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    shards: Mapping[str, Mapping[str, Any]],
+    files: Sequence[str],
+    sizes: Mapping[str, int],
+    notices: Sequence[str],
+) -> dict[str, Any]:
     """The report's object.
 
     Args:
@@ -50,11 +58,19 @@ def build_report(
 
 def summarize(records: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[str, Any]:
     """The figures of the closing summary."""
-    sqnr = [(v, i, p, e) for i, r in enumerate(records) for p in PROJECTIONS for e, v in enumerate(r["sqnr_db"][p]) if v is not None]
+    sqnr = [
+        (v, i, p, e)
+        for i, r in enumerate(records)
+        for p in PROJECTIONS
+        for e, v in enumerate(r["sqnr_db"][p])
+        if v is not None
+    ]
     summary: dict[str, Any] = {
         **sizes,
         "compression": round(sizes["source_bytes"] / sizes["output_bytes"], 4),
-        "sqnr_db": {"mean": round(statistics.fmean(v[0] for v in sqnr), 3), "worst": sqnr_entry(min(sqnr))} if sqnr else None,
+        "sqnr_db": {"mean": round(statistics.fmean(v[0] for v in sqnr), 3), "worst": sqnr_entry(min(sqnr))}
+        if sqnr
+        else None,
         "worst_layers": worst_layers(records),
         "scales": {
             "weight_scale_2": _range(records, "weight_scale_2"),
@@ -74,6 +90,7 @@ def summarize(records: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) ->
 
 
 def sqnr_entry(entry: tuple[float, int, str, int]) -> dict[str, Any]:
+    """One matrix's figure with its place."""
     value, layer, projection, expert = entry
     return {"db": value, "layer": layer, "expert": expert, "projection": projection}
 
@@ -84,7 +101,9 @@ def worst_layers(records: Sequence[Mapping[str, Any]], count: int = 5) -> list[d
     for layer, record in enumerate(records):
         values = [v for p in PROJECTIONS for v in record["sqnr_db"][p] if v is not None]
         if values:
-            rows.append({"layer": layer, "mean_db": round(statistics.fmean(values), 3), "min_db": min(values)})
+            rows.append(
+                {"layer": layer, "mean_db": round(statistics.fmean(values), 3), "min_db": min(values)}
+            )
     return sorted(rows, key=lambda r: (r["mean_db"], r["layer"]))[:count]
 
 

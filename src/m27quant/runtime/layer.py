@@ -51,8 +51,8 @@ class RouterWeights:
 class Routing:
     """Which experts each token goes to and how much each counts: [T, K] int64 and [T, K] F32, rows sum to 1."""
 
-    experts_TK: torch.Tensor
-    weights_TK: torch.Tensor
+    experts: torch.Tensor
+    weights: torch.Tensor
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -65,7 +65,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * x_f32.to(x.dtype)
 
 
-def rotary_table(positions_T: torch.Tensor, config: M2Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_table(
+    positions_T: torch.Tensor, config: M2Config, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [T, 1, R] of rotary embedding over the first R dimensions of a head (NeoX pairing i, i + R/2)."""
     exponents = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32, device=positions_T.device)
     inv_freq = 1.0 / (config.rope_theta ** (exponents / config.rotary_dim))
@@ -83,7 +85,11 @@ def rotate(x_THC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def attention_block(
-    x_TD: torch.Tensor, w: AttentionWeights, config: M2Config, rotary: tuple[torch.Tensor, torch.Tensor], attend: Attend
+    x_TD: torch.Tensor,
+    w: AttentionWeights,
+    config: M2Config,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    attend: Attend,
 ) -> torch.Tensor:
     """x + attention(norm(x)), [T, D]."""
     h = rms_norm(x_TD, w.input_layernorm, config.rms_norm_eps)
@@ -133,11 +139,11 @@ class Assignment:
 
 def assignments(routing: Routing, num_experts: int) -> list[Assignment]:
     """Per expert the tokens routed to it, in token order."""
-    flat = routing.experts_TK.reshape(-1)
+    flat = routing.experts.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=num_experts).tolist()
-    rows = (order // routing.experts_TK.shape[1]).split(counts)
-    weights = routing.weights_TK.reshape(-1)[order].split(counts)
+    rows = torch.split(order // routing.experts.shape[1], counts)
+    weights = torch.split(routing.weights.reshape(-1)[order], counts)
     return [Assignment(r, w) for r, w in zip(rows, weights, strict=True)]
 
 

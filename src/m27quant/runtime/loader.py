@@ -31,7 +31,9 @@ def refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def read_linear(source: Source, module: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def read_linear(
+    source: Source, module: str, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight, weight_scale_inv) of a linear as stored: FP8 [N, K] with F32 block scales, or BF16 with None."""
     weight = source.read(f"{module}.weight").to(device)
     if weight.dtype != torch.float8_e4m3fn:
@@ -39,7 +41,9 @@ def read_linear(source: Source, module: str, device: torch.device) -> tuple[torc
     return weight, source.read(f"{module}.weight_scale_inv").to(device)
 
 
-def dequantize_linear(source: Source, module: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def dequantize_linear(
+    source: Source, module: str, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
     """A linear's weight [N, K]: the BF16 dequantization of the source, converted to `dtype`.
 
     Raises:
@@ -55,13 +59,18 @@ def dequantize_linear(source: Source, module: str, device: torch.device, dtype: 
     return weight.to(dtype)
 
 
-def attention_weights(source: Source, layer: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> AttentionWeights:
+def attention_weights(
+    source: Source, layer: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> AttentionWeights:
+    """One layer's attention weights and norms in `dtype`."""
     prefix = names.attention(layer)
 
     def plain(name: str) -> torch.Tensor:
         return read_plain(source, name).to(device, dtype)
 
-    projections = {p: dequantize_linear(source, f"{prefix}.{p}", device, dtype) for p in names.ATTENTION_PROJECTIONS}
+    projections = {
+        p: dequantize_linear(source, f"{prefix}.{p}", device, dtype) for p in names.ATTENTION_PROJECTIONS
+    }
     return AttentionWeights(
         input_layernorm=plain(f"{names.layer_prefix(layer)}.input_layernorm.weight"),
         q_norm=plain(f"{prefix}.q_norm.weight"),
@@ -70,7 +79,10 @@ def attention_weights(source: Source, layer: int, device: torch.device, dtype: t
     )
 
 
-def router_weights(source: Source, layer: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> RouterWeights:
+def router_weights(
+    source: Source, layer: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> RouterWeights:
+    """One layer's router; gate and bias in F32 whatever `dtype` is."""
     norm = f"{names.layer_prefix(layer)}.post_attention_layernorm.weight"
     return RouterWeights(
         post_attention_layernorm=read_plain(source, norm).to(device, dtype),

@@ -14,7 +14,11 @@ from m27quant.runtime.loader import attention_weights, dequantize_linear, read_p
 
 @torch.inference_mode()
 def logits(
-    source: Source, input_ids: list[int] | torch.Tensor, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    source: Source,
+    input_ids: list[int] | torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
 ) -> torch.Tensor:
     """Logits [T, vocab_size] (in `dtype`) of one sequence of T token ids; weights are the BF16 dequantization.
 
@@ -29,13 +33,17 @@ def logits(
     x = F.embedding(ids, read_plain(source, names.EMBEDDING)).to(device, dtype)
     rotary = M.rotary_table(torch.arange(len(ids), device=device), config, dtype)
     for index in range(config.num_hidden_layers):
-        x = M.attention_block(x, attention_weights(source, index, device, dtype), config, rotary, M.causal_attention)
+        x = M.attention_block(
+            x, attention_weights(source, index, device, dtype), config, rotary, M.causal_attention
+        )
         x = x + _moe(source, index, x, device, dtype)
     x = M.rms_norm(x, read_plain(source, names.FINAL_NORM).to(device, dtype), config.rms_norm_eps)
     return F.linear(x, read_plain(source, names.LM_HEAD).to(device, dtype))
 
 
-def _moe(source: Source, index: int, x: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _moe(
+    source: Source, index: int, x: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
     config = source.config
     weights = router_weights(source, index, device, dtype)
     h = M.moe_input(x, weights, config)
@@ -44,6 +52,9 @@ def _moe(source: Source, index: int, x: torch.Tensor, device: torch.device, dtyp
     for expert, to in enumerate(routed):
         if not len(to.rows):
             continue
-        w1, w2, w3 = (dequantize_linear(source, names.expert(index, expert, p), device, dtype) for p in names.EXPERT_PROJECTIONS)
+        w1, w2, w3 = (
+            dequantize_linear(source, names.expert(index, expert, p), device, dtype)
+            for p in names.EXPERT_PROJECTIONS
+        )
         M.add_expert(y, M.gated_activation(h[to.rows], w1, w3), w2, to)
     return y

@@ -1,0 +1,103 @@
+"""The result of a quantization: its report, its small files, and which work file becomes which shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import m27quant
+from m27quant.checkpoint import sidecars
+from m27quant.checkpoint.card import render_card
+from m27quant.checkpoint.quant_config import hf_quant_config, output_config, quantization_config
+from m27quant.checkpoint.source import INDEX
+from m27quant.checkpoint.workspace import CONFIG, REPORT
+from m27quant.layer_job import Job
+from m27quant.plan import Plan
+from m27quant.prepare import Prepared
+from m27quant.report.quantization import build_report
+
+
+def build_result(
+    prepared: Prepared, job: Job, fingerprint: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str], dict[str, bytes]]:
+    """(report, work file -> final shard name, small files)."""
+    source, plan, units = prepared.source, prepared.plan, job.workspace.journal.all("unit")
+    records = [e["record"] for e in units if "record" in e]
+    written = [f for e in units for f in e["files"] if not f["name"].startswith("hidden-")]
+    finals = plan.shard_names()
+    shards = {f["name"]: final for f, final in zip(written, finals, strict=True)}
+    documents = dict(prepared.documents)
+    section = quantization_config(plan.exclude, plan.resolved.kv_cache)
+    keep_code = sidecars.has_remote_code(documents)
+    documents[CONFIG] = sidecars.to_json(output_config(source.raw_config, section, keep_auto_map=keep_code))
+    documents["hf_quant_config.json"] = sidecars.to_json(
+        hf_quant_config(plan.exclude, plan.resolved.kv_cache)
+    )
+    documents[INDEX] = _index(plan, finals)
+    location = source.location
+    base_model = location.repo_id or source.folder.name
+    report = build_report(
+        version=m27quant.__version__,
+        fingerprint=fingerprint,
+        source={"name": base_model, "repo_id": location.repo_id, "commit": location.commit},
+        recipe={
+            "name": prepared.recipe.name,
+            "kv_cache": plan.resolved.kv_cache,
+            **prepared.recipe.canonical(),
+        },
+        calibration=_calibration(prepared, job),
+        records=records,
+        shards={
+            final: {"size": f["size"], "sha256": f["sha256"]}
+            for f, final in zip(written, finals, strict=True)
+        },
+        files=[*finals, *documents, REPORT, "README.md"],
+        sizes={
+            "source_bytes": source.total_bytes,
+            "output_bytes": plan.tensor_bytes,
+            "num_tensors": plan.num_tensors,
+        },
+        notices=[*prepared.notices, *_findings(records, job)],
+    )
+    documents[REPORT] = sidecars.to_json(report)
+    card = render_card(report, base_model=base_model, is_hub_model=location.repo_id is not None)
+    documents["README.md"] = card.encode("utf-8", "backslashreplace")
+    return report, shards, documents
+
+
+def _calibration(prepared: Prepared, job: Job) -> dict[str, Any]:
+    calibration = prepared.recipe.calibration
+    return {
+        "datasets": [Path(d.path).name if Path(d.path).is_file() else d.path for d in calibration.datasets],
+        "num_samples": len(prepared.sequences.lengths),
+        "num_tokens": prepared.sequences.num_tokens,
+        "seq_len": calibration.seq_len,
+        "moe_calib": prepared.plan.resolved.moe_calib,
+        "tokens_sha256": prepared.sequences.digest,
+        "dropped_rows": sorted(job.dropped.sequences),
+    }
+
+
+def _findings(records: Sequence[Mapping[str, Any]], job: Job) -> list[str]:
+    """What the work itself found noteworthy."""
+    zero = [name for r in records for name in r["zero_range"]]
+    dead = [name for r in records for name in r["dead"]]
+    found = []
+    if job.dropped.sequences:
+        found.append(f"{len(job.dropped.sequences)} calibration rows gave NaN or Inf and were dropped")
+    if dead:
+        found.append(f"{len(dead)} expert matrices are all zero ({dead[0]} ...)")
+    if zero:
+        found.append(
+            f"{len(zero)} ranges were zero and take the widest of their kind in the layer ({zero[0]} ...)"
+        )
+    return found
+
+
+def _index(plan: Plan, finals: Sequence[str]) -> bytes:
+    shards = [s for u in plan.units for s in u.shards]
+    weight_map = {name: final for shard, final in zip(shards, finals, strict=True) for name in shard.offsets}
+    index = {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2) + "\n").encode()

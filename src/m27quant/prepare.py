@@ -1,0 +1,171 @@
+"""Everything that can be checked and decided before a quantization writes its first byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import m27quant
+from m27quant.calib.data import Sequences, load_sequences, parse_dataset
+from m27quant.calib.memory import MemoryPlan, default_budget, plan_memory
+from m27quant.checkpoint import sidecars
+from m27quant.checkpoint.hub import locate
+from m27quant.checkpoint.layout import check_layout
+from m27quant.checkpoint.source import Source
+from m27quant.errors import EnvironmentFault
+from m27quant.plan import Plan, check_paths, make_plan
+from m27quant.recipes import Recipe, load_recipe
+
+DEFAULT_RECIPE = "nvfp4_experts_only-fp8_kv"
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to quantize; the command's options have the same names."""
+
+    recipe: str = DEFAULT_RECIPE
+    dataset: str | Sequence[str] = ()
+    """Hub data sets or local files (one, or several) instead of the recipe's."""
+    num_samples: int | None = None
+    seq_len: int | None = None
+    moe_calib: Literal["full", "natural"] | None = None
+    device: str = "auto"
+    max_memory: int | None = None
+    """Bytes of resident memory (and of accelerator memory) not to exceed; None takes 80% of what is free."""
+    max_shard_size: int = DEFAULT_SHARD_BYTES
+    resume: bool = False
+    overwrite: bool = False
+    force_unlock: bool = False
+    revision: str | None = None
+    offline: bool = False
+    token: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """Everything checked and decided; nothing written yet."""
+
+    source: Source
+    recipe: Recipe
+    plan: Plan
+    sequences: Sequences
+    memory: MemoryPlan
+    budget: int
+    device: torch.device
+    documents: dict[str, bytes]
+    """Tokenizer and the like, as they will lie in OUT."""
+    notices: list[str]
+
+    @property
+    def hidden_bytes(self) -> int:
+        return self.sequences.num_tokens * self.source.config.hidden_size * 2
+
+    def fingerprint(self, options: Options) -> dict[str, Any]:
+        """What must be the same for a run to be continued."""
+        identity = json.dumps(self.source.identity(), sort_keys=True)
+        canonical = self.recipe.canonical()
+        return {
+            "source": _digest(identity),
+            "source_commit": self.source.location.commit,
+            "recipe": _digest(json.dumps([canonical["quant_cfg"], canonical["algorithm"]], sort_keys=True)),
+            "moe_calib": self.plan.resolved.moe_calib,
+            "tokens": self.sequences.digest,
+            "max_shard_size": options.max_shard_size,
+            "m27quant": m27quant.__version__,
+            "torch": torch.__version__,
+            "device": _device_class(self.device),
+        }
+
+
+def prepare(model: str, out: Path, options: Options, say: Callable[[str], None]) -> Prepared:
+    """Read and check everything that can be known before the work: source, recipe, data, memory, disk."""
+    recipe = _recipe(options)
+    device = pick_device(options.device)
+    location = locate(model, revision=options.revision, offline=options.offline, token=options.token)
+    say(f"source: {location.describe()}")
+    check_paths(location.folder, out)
+    source = Source(location)
+    try:
+        notices = [*source.warnings, *check_layout(source), *recipe.notices]
+        plan = make_plan(source, recipe, options.max_shard_size)
+        documents, more = sidecars.collect(source.folder, source.raw_config)
+        sequences, from_data = load_sequences(
+            recipe.calibration,
+            source.folder,
+            vocab_size=source.config.vocab_size,
+            max_length=source.config.max_position_embeddings,
+            seed=options.seed,
+            offline=options.offline,
+            token=options.token,
+        )
+        budget = options.max_memory or default_budget()
+        memory = plan_memory(
+            source.config,
+            num_tokens=sequences.num_tokens,
+            longest=max(sequences.lengths),
+            device=device,
+            budget=budget,
+        )
+        for notice in (notices := [*notices, *more, *from_data]):
+            say(f"notice: {notice}")
+    except BaseException:
+        source.close()
+        raise
+    return Prepared(
+        source=source,
+        recipe=recipe,
+        plan=plan,
+        sequences=sequences,
+        memory=memory,
+        budget=budget,
+        device=device,
+        documents=documents,
+        notices=notices,
+    )
+
+
+def _recipe(options: Options) -> Recipe:
+    wanted = [options.dataset] if isinstance(options.dataset, str) else options.dataset
+    datasets = tuple(parse_dataset(d) for d in wanted) or None
+    return load_recipe(options.recipe).with_calibration(
+        datasets=datasets,
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
+        moe_calib=options.moe_calib,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` takes a CUDA GPU where there is one.
+
+    Raises:
+        EnvironmentFault: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise EnvironmentFault(
+                f"no device {name}: this machine has {count} CUDA GPUs", hint="use --device cpu"
+            )
+        device = torch.device("cuda", device.index or 0)
+    return device
+
+
+def _device_class(device: torch.device) -> str:
+    """What may change the last bit of a product: the CPU, or the GPU's model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
