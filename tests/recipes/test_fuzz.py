@@ -17,7 +17,24 @@ from tests.recipes.common import EXPERTS, MODULES, entry, parsed, recipe_text
 BUILTIN_TEXTS = [(Path(loader.__file__).parent / f"{name}.yaml").read_text() for name in BUILTIN]
 TOKENS = [
     *("~", "no", "1e-3", ".nan", "0x1", "-1", "&a", "*a", "*nvfp4", "<<:", "!!python/name:os.system"),
-    *("[", "{", "}", "]", "-", "? ", "|", "'", '"', "%YAML 1.2", "---", "...", "\t", "\x00", "\ufeff"),
+    *(
+        "[",
+        "{",
+        "}",
+        "]",
+        "-",
+        "? ",
+        "|",
+        "'",
+        '"',
+        "%YAML 1.2",
+        "---",
+        "...",
+        "\t",
+        "\x00",
+        "\ufeff",
+        '"\\U00110000"',
+    ),
     *("$import", "imports:", "quantize:"),
 ]
 

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-from m27quant.errors import RecipeError
+from m27quant.errors import EnvironmentFault, RecipeError
 from m27quant.recipes import ALIASES, BUILTIN, RecipeFile, builtin_recipes, load_recipe
 from m27quant.recipes.imports import library_root
 from m27quant.recipes.schema import DEFAULT_DATASETS
@@ -352,7 +352,7 @@ def test_no_torch_on_this_path() -> None:
 class TestImports:
     def test_a_library_recipe_by_name_with_suffix_and_by_file(self) -> None:
         by_name, with_suffix = load_recipe(LIBRARY), load_recipe(f"{LIBRARY}.yaml")
-        by_file = load_recipe(library_root() / f"{LIBRARY}.yaml")
+        by_file = load_recipe(Path(str(library_root())) / f"{LIBRARY}.yaml")
         assert by_name == with_suffix
         assert by_file.canonical() == by_name.canonical()
         assert by_file.resolve(MODULES).quantized == by_name.resolve(MODULES).quantized
@@ -399,6 +399,18 @@ class TestImports:
     )
     def test_broken_imports(self, text: str, words: str) -> None:
         assert words in refused(text).message
+
+    def test_without_modelopt_everything_but_its_collection_works(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+        assert len(builtin_recipes()) == len(BUILTIN)
+        assert load_recipe(written(tmp_path, recipe_text(*EXPERTS))).resolve(MODULES).quantized
+        with pytest.raises(RecipeError, match="no recipe is named"):
+            load_recipe(LIBRARY)
+        with pytest.raises(EnvironmentFault, match=r"r\.yaml:1: the recipe imports") as caught:
+            parsed("imports: {x: configs/numerics/fp8}\n" + recipe_text(*EXPERTS))
+        assert caught.value.hint == "pip install nvidia-modelopt"
 
     def test_a_typo_in_an_import_suggests_the_declared_name(self) -> None:
         text = "imports: {kv_fp8: configs/ptq/units/kv_fp8}\n" + recipe_text(*EXPERTS, "{$import: kv_fp}")

@@ -27,7 +27,7 @@ from tests.recipes.common import EXPERTS, KV, parsed, recipe_text
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 LAYERS, EXPERTS_PER_LAYER, HIDDEN, INTER = 2, 3, 32, 16
-COLLECTION = sorted(p.stem for p in (library_root() / "general/ptq").glob("*.yaml"))
+COLLECTION = sorted(p.stem for p in (Path(str(library_root())) / "general/ptq").glob("*.yaml"))
 SUPPORTED = {
     "nvfp4_experts_only-kv_fp8": "fp8",
     "nvfp4_experts_only-kv_fp8_cast": "fp8_cast",

@@ -40,9 +40,9 @@ def test_m2_7_resolves_in_under_a_second() -> None:
     assert len(modules) == 47_927 + 1  # Linear modules of M2.7, and the embedding
     library = load_recipe("general/ptq/nvfp4_experts_only-kv_fp8")
     for recipe in (load_recipe(BUILTIN[0]), library):
-        started = time.perf_counter()
+        started = time.process_time()
         resolved = recipe.resolve(modules)
-        assert time.perf_counter() - started < 1
+        assert time.process_time() - started < 1
         assert len(resolved.quantized) == 62 * 256 * 3
         assert resolved.unquantized == tuple(m for m in modules if not EXPERT.fullmatch(m))
 
@@ -85,9 +85,9 @@ def test_character_class_reaches_k_and_v_only() -> None:
 
 def test_many_patterns_and_many_modules_stay_fast() -> None:
     hostile = [entry("*a*a*a*a*a*a*a*a*a*a*a*a*a*b?", enable="false")]
-    started = time.perf_counter()
+    started = time.process_time()
     assert "matches nothing" in refused(*EXPERTS, *hostile, modules=(*MODULES, "a" * 200)).message
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 class TestNothingMatches:
@@ -276,3 +276,13 @@ def test_describe_says_what_becomes_of_each_structure() -> None:
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "BF16"),
         **dict.fromkeys(("embed_tokens", "gate", "lm_head"), "unchanged"),
     }
+
+
+def test_one_entry_per_layer_is_affordable() -> None:
+    layers = [entry(f"*.layers.{i}.*.experts.*t_quantizer", NVFP4) for i in range(62)]
+    idle = entry("*output_quantizer", enable="false")
+    modules = official_modules(layers=62, experts=32)
+    started = time.process_time()
+    resolved = parsed(recipe_text(*layers, idle)).resolve(modules)
+    assert time.process_time() - started < 5
+    assert len(resolved.quantized) == 62 * 32 * 3

@@ -82,9 +82,9 @@ def test_tags_are_refused(text: str) -> None:
 def test_alias_bomb_is_refused_at_once() -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 20)]
-    started = time.perf_counter()
+    started = time.process_time()
     assert "values once aliases are expanded" in refused("\n".join(lines)).message
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_alias_within_itself_is_refused() -> None:
@@ -122,6 +122,9 @@ def test_size_is_bounded() -> None:
         (b"\ta: 1\n", 1, "not valid YAML"),
         (b"? [1]\n: 2\n", 1, "a key must be text or a whole number"),
         (b"true: 2\n", 1, "a key must be text or a whole number"),
+        (b'a: "\\UFFFFFFFF"', 1, "an impossible number"),
+        (b'a: "\\U00110000"', 1, "an impossible number"),
+        (b"%YAML " + b"9" * 5000 + b".1\n---\na: 1\n", 1, "an impossible number"),
         (b"a: *nothing\n", 1, "alias `*nothing` has no anchor before it"),
     ],
 )

@@ -1,7 +1,15 @@
 """Recipes: which modules become what, calibrated on which data.
 
->>> recipe = load_recipe("nvfp4_experts_only-fp8_kv")
->>> recipe.resolve(["lm_head", *...]).kv_cache
+A recipe is a nvidia-modelopt PTQ recipe (`metadata`, `quantize`, perhaps `imports` from modelopt's collection), so
+that one file drives both programs; the built-in ones load with `modelopt.recipe.load_recipe` as they are.  What
+modelopt has no place for, the calibration data, may stand in a `calibration` section and otherwise has defaults;
+modelopt refuses unknown sections, so `Recipe.modelopt()` gives it the rest.
+
+Where the two differ: m27quant calibrates every expert on every token unless told `moe_calib: natural` (a notice
+says so where modelopt would not); a pattern of your own that matches nothing is an error; values that YAML readers
+take differently are refused; and what m27quant cannot write is refused, never ignored.
+
+>>> load_recipe("nvfp4_experts_only-fp8_kv").resolve(module_names).kv_cache
 'fp8'
 """
 

@@ -99,9 +99,8 @@ def _check_coverage(file: RecipeFile, tree: Map) -> None:
         raise place.error("`moe_calib_experts_ratio: 1.0` contradicts `calibration: {moe_calib: natural}`")
 
 
-def _find(tree: Value, location: tuple[int | str, ...]) -> Place:
+def _find(tree: Map, location: tuple[int | str, ...]) -> Place:
     """Return the place of the innermost part of `location` that the file has."""
-    assert isinstance(tree, Map | Seq)
     place = tree.place
     node: Value = tree
     for part in location:

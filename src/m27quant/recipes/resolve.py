@@ -11,7 +11,6 @@ What m27quant cannot write is refused, naming module, pattern and what can be ha
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Literal
 
 from m27quant.errors import RecipeError, escape
 from m27quant.recipes.formats import FP8, FP8_CAST, MODELOPT_DEFAULT, NVFP4, SUPPORTED, Format, format_of
+from m27quant.recipes.patterns import Pattern
 from m27quant.recipes.schema import Entry, MoeCalib, closest
 from m27quant.recipes.strict_yaml import Place
 
@@ -27,7 +27,6 @@ KVCache = Literal["fp8", "fp8_cast"]
 _EXPERT = re.compile(r".*\.block_sparse_moe\.experts\.[0-9]+\.w[123]")
 _ATTENTION = re.compile(r".*\.self_attn\.[qkvo]_proj")
 _INDEX = re.compile(r"(?<=\.)[0-9]+(?=\.)")
-_PLAIN_CLASS = re.compile(r"\[[A-Za-z_]+\]")
 _BMM = ("q_bmm_quantizer", "k_bmm_quantizer", "v_bmm_quantizer", "p_bmm_quantizer")
 _PARENT_CLASSES = ["nn.Linear", "nn.Embedding"]
 
@@ -74,11 +73,13 @@ class Block:
     def first(self) -> str:
         return f"{self.modules[0]}.{self.quantizer}"
 
-    def split(self, matches: re.Pattern[str], reads_digits: bool) -> tuple[Block | None, Block | None]:
+    def split(self, pattern: Pattern) -> tuple[Block | None, Block | None]:
         """Return the parts of this block that match and that do not."""
-        if not reads_digits:
-            return (self, None) if matches.match(self.first) else (None, self)
-        hit = [m for m in self.modules if matches.match(f"{m}.{self.quantizer}")]
+        if not pattern.may_match(self.first):
+            return None, self
+        if not pattern.reads_digits:
+            return (self, None) if pattern.matches(self.first) else (None, self)
+        hit = [m for m in self.modules if pattern.matches(f"{m}.{self.quantizer}")]
         if len(hit) in (0, len(self.modules)):
             return (self, None) if hit else (None, self)
         chosen = set(hit)
@@ -153,20 +154,17 @@ def _quantizers(modules: tuple[str, ...]) -> list[Block]:
 
 
 def _apply(rule: Rule, blocks: list[Block]) -> list[Block]:
-    pattern = rule.entry.quantizer_name
     try:
-        matches = re.compile(fnmatch.translate(pattern))
+        pattern = Pattern(rule.entry.quantizer_name)
     except re.error as error:
         raise rule.place.error(f"{rule} is not a valid pattern: {error}") from None
-    # Without digits, `?` or open classes only `*` can cover an index: then all indices match alike.
-    reads_digits = re.search(r"[0-9?\[\]]", _PLAIN_CLASS.sub("", pattern)) is not None
     result: list[Block] = []
     matched = False
     for block in blocks:
         if rule.entry.parent_class not in (None, block.parent_class):
             result.append(block)
             continue
-        hit, rest = block.split(matches, reads_digits)
+        hit, rest = block.split(pattern)
         if hit is not None:
             matched = True
             hit.apply(rule)
