@@ -14,6 +14,7 @@ from m27quant import errors
 from m27quant.cli import options
 from m27quant.cli.app import app, main
 from m27quant.cli.output import Output
+from m27quant.cli.stopping import graceful
 
 FAULTS: dict[str, BaseException] = {
     "findings": errors.FindingsError("3 findings"),
@@ -43,15 +44,16 @@ def fail(name: str, json: options.Json = False) -> None:
 def wait(json: options.Json = False, resumable: bool = False) -> None:
     """Wait to be stopped by a signal."""
     output = Output.open(json=json)
-    try:
-        sys.stderr.write("ready\n")
-        sys.stderr.flush()
+    sys.stderr.write("ready\n")
+    sys.stderr.flush()
+    if not resumable:
         time.sleep(60)
-    except KeyboardInterrupt:
-        if resumable:
-            raise errors.Interrupted("stopped in layer 3", hint="m27quant ... --resume") from None
-        raise
-    output.result({"waited": True})
+    with graceful(output, "m27quant ... --resume") as stop:
+        sys.stderr.write("steady\n")
+        sys.stderr.flush()
+        for _ in range(600):
+            time.sleep(0.1)
+            stop()
 
 
 def flood(json: options.Json = False) -> None:

@@ -30,7 +30,7 @@ is empty then, unless the command had printed its result before it failed.
 | 4 | the machine: disk, memory, device, permission, network |
 | 5 | the output folder is locked by another run or holds somebody else's files |
 | 70 | a bug in m27quant |
-| 130, 143 | stopped by SIGINT or SIGTERM; a long run can be resumed |
+| 129, 130, 143 | stopped by SIGHUP, SIGINT or SIGTERM; a long run can be resumed |
 | 141 | whoever read stdout went away |
 
 `M27QUANT_DEBUG=1` adds the traceback to an error, `NO_COLOR=1` removes colour, `M27QUANT_KERNELS=reference`
@@ -61,12 +61,14 @@ def _walk(context: typer.Context) -> Iterator[typer.Context]:
 def _section(context: typer.Context) -> str:
     command = context.command
     usage = context.get_usage().removeprefix("Usage: ")
-    help_text = inspect.cleandoc(command.help or "")
+    text, _, examples = inspect.cleandoc(command.help or "").partition("\nExamples:\n")
     records = [record for p in command.params if (record := p.get_help_record(context))]
-    lines = [f"\n## {context.command_path}\n\n```\n{usage}\n```\n\n{help_text}\n"]
+    lines = [f"\n## {context.command_path}\n\n```\n{usage}\n```\n\n{text.rstrip()}\n"]
+    if examples:
+        lines.append(f"\n```\n{inspect.cleandoc(examples)}\n```\n")
     if records:
         lines.append("\n| | |\n|---|---|\n")
-        lines += [f"| `{_escape(names)}` | {_escape(text)} |\n" for names, text in records]
+        lines += [f"| `{_escape(names)}` | {_escape(words)} |\n" for names, words in records]
     if command.epilog:
         lines.append(f"\n{inspect.cleandoc(command.epilog)}\n")
     return "".join(lines)
