@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from m27quant.calib.activations import Chunk, FileRows, MemoryRows, Rows, load_rows, save_rows
+from m27quant.calib.activations import ROW_DTYPE, Chunk, FileRows, MemoryRows, Rows, load_rows, save_rows
 from m27quant.calib.data import Sequences
 from m27quant.calib.layerwise import (
     Dropped,
@@ -76,7 +76,7 @@ def _embedded(job: Job) -> Iterator[tuple[Chunk, torch.Tensor]]:
         table = torch.cat(
             [job.source.read_rows(names.EMBEDDING, int(i), int(i) + 1) for i in unique.tolist()]
         )
-        yield chunk, drop_non_finite(chunk, table[where], job.dropped)
+        yield chunk, drop_non_finite(chunk, table[where].to(ROW_DTYPE), job.dropped)
 
 
 def run_head(job: Job, unit: Unit) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
             for _ in next_rows:
                 pass
     count_tokens(routed, job.chunks, job.dropped, ranges, full=full)
-    job.source.recheck(job.source.info(names.gate(unit.layer)).path)
+    job.source.recheck_all()
     record |= _record(ranges, stats)
     entry: dict[str, Any] = {"files": [f.to_json() for f in written], "record": record}
     return entry | ({"hidden": saved.to_json()} if saved else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable
 
 from m27quant.checkpoint import names
@@ -11,6 +12,21 @@ from m27quant.checkpoint.source import Source
 from m27quant.errors import CheckpointError, escape
 
 SCALE_SUFFIX = "_scale_inv"
+MAX_PROBLEMS = 100
+PLAIN = ("BF16", "F32")
+"""What a passed-through tensor may be; officially gate and bias are F32, the rest BF16."""
+
+_IN_LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.(.*)")
+_EXPERT = re.compile(r"block_sparse_moe\.experts\.[0-9]+\.w[123]\.weight(_scale_inv)?")
+_DECODER_LAYER = {
+    *(f"self_attn.{p}.weight{s}" for p in names.ATTENTION_PROJECTIONS for s in ("", SCALE_SUFFIX)),
+    *(
+        f"{n}.weight"
+        for n in ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+    ),
+    "block_sparse_moe.gate.weight",
+    "block_sparse_moe.e_score_correction_bias",
+}
 
 
 def check_layout(source: Source) -> list[str]:
@@ -24,31 +40,62 @@ def check_layout(source: Source) -> list[str]:
     for name, dtypes, shape in _plain_tensors(source.config):
         expected.add(name)
         problems += _problem(source, name, dtypes, shape)
+        _stop_early(problems)
     for module, shape in _linears(source.config):
         weight = f"{module}.weight"
         expected |= {weight, weight + SCALE_SUFFIX}
         problems += _linear_problem(source, module, weight, shape)
+        _stop_early(problems)
     _raise_for(problems)
     unknown = sorted(set(source.tensors) - expected)
+    _refuse_unclaimed(source, unknown)
     if not unknown:
         return []
-    kind = "multi-token-prediction or other" if any(".layers." in n for n in unknown) else "unknown"
+    kind = "multi-token-prediction" if any(".layers." in n for n in unknown) else "unknown"
     return [
         f"{len(unknown)} {kind} tensors are not part of the model and are left out ('{escape(unknown[0])}' ...)"
     ]
 
 
+def _stop_early(problems: list[str]) -> None:
+    """A config.json that promises a million tensors costs no more than one that promises a hundred."""
+    if len(problems) > MAX_PROBLEMS:
+        _raise_for(problems)
+
+
+def _refuse_unclaimed(source: Source, unknown: list[str]) -> None:
+    """Decoder layers or experts beyond those that config.json counts mean that it does not fit.
+
+    Layers behind the last one that hold anything but a decoder layer's tensors are multi-token prediction.
+    """
+    c = source.config
+    layers: dict[int, list[str]] = {}
+    for name in unknown:
+        if (match := _IN_LAYER.fullmatch(name)) is None:
+            continue
+        layer, rest = int(match[1]), match[2]
+        if layer >= c.num_hidden_layers:
+            layers.setdefault(layer, []).append(rest)
+        elif _EXPERT.fullmatch(rest):
+            _raise_for([f"'{name}' is an expert beyond num_local_experts {c.num_local_experts}"])
+    for layer, rests in sorted(layers.items()):
+        if all(_EXPERT.fullmatch(r) or r in _DECODER_LAYER for r in rests):
+            _raise_for(
+                [f"layer {layer} is there, but config.json says num_hidden_layers {c.num_hidden_layers}"]
+            )
+
+
 def _plain_tensors(c: M2Config) -> Iterable[tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """Tensors that are passed through: (name, allowed dtypes, shape)."""
     table = (c.vocab_size, c.hidden_size)
-    yield names.EMBEDDING, ("BF16",), table
-    yield names.LM_HEAD, ("BF16",), table
-    yield names.FINAL_NORM, ("BF16",), (c.hidden_size,)
+    yield names.EMBEDDING, PLAIN, table
+    yield names.LM_HEAD, PLAIN, table
+    yield names.FINAL_NORM, PLAIN, (c.hidden_size,)
     for layer in range(c.num_hidden_layers):
         for name, shape in names.norm_shapes(c, layer).items():
-            yield name, ("BF16",), shape
-        yield names.gate(layer), ("F32", "BF16"), (c.num_local_experts, c.hidden_size)
-        yield names.correction_bias(layer), ("F32", "BF16"), (c.num_local_experts,)
+            yield name, PLAIN, shape
+        yield names.gate(layer), PLAIN, (c.num_local_experts, c.hidden_size)
+        yield names.correction_bias(layer), PLAIN, (c.num_local_experts,)
 
 
 def _linears(c: M2Config) -> Iterable[tuple[str, tuple[int, int]]]:

@@ -155,9 +155,7 @@ class Source:
         count = info.nbytes - offset if nbytes is None else nbytes
         raw = torch.empty(count, dtype=torch.uint8)
         if count:
-            pread_exactly(
-                self._open(info.path), byte_view(raw), info.start + offset, escape(info.path)
-            )
+            pread_exactly(self._open(info.path), byte_view(raw), info.start + offset, escape(info.path))
         return raw
 
     @staticmethod
@@ -173,9 +171,13 @@ class Source:
                     raise EnvironmentFault(f"{escape(path)}: cannot be opened ({fault.strerror})") from None
             return self._files[path]
 
-    def recheck(self, path: Path) -> None:
-        """Raise when the file at `path` is not the one whose header was read."""
-        header = self.headers[path]
+    def recheck_all(self) -> None:
+        """Raise `CheckpointError` when a shard is not the file whose header was read."""
+        for path, header in self.headers.items():
+            self._recheck(path, header)
+
+    @staticmethod
+    def _recheck(path: Path, header: Header) -> None:
         try:
             now = path.stat()
         except OSError:

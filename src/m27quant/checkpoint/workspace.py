@@ -89,7 +89,8 @@ class Workspace:
             found = sorted(p.name for p in self.out.iterdir()) if self.out.exists() else []
         except OSError as fault:
             raise_for_os_error(fault, self.out)
-        if not found or (overwrite and self.is_ours()):
+        fresh = set(found) <= {PRIVATE} and not self.is_unfinished()  # or it died before it recorded anything
+        if fresh or (overwrite and self.is_ours()):
             return
         if not self.is_ours():
             names = ", ".join(escape(n) for n in found[:5]) + (" ..." if len(found) > 5 else "")
