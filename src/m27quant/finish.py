@@ -9,7 +9,7 @@ from typing import Any
 
 import m27quant
 from m27quant.checkpoint import sidecars
-from m27quant.checkpoint.card import render_card
+from m27quant.checkpoint.card import licence_of, render_card
 from m27quant.checkpoint.quant_config import hf_quant_config, output_config, quantization_config
 from m27quant.checkpoint.source import INDEX
 from m27quant.checkpoint.workspace import CONFIG, REPORT
@@ -62,7 +62,12 @@ def build_result(
         notices=[*prepared.notices, *_findings(records, job)],
     )
     documents[REPORT] = sidecars.to_json(report)
-    card = render_card(report, base_model=base_model, is_hub_model=location.repo_id is not None)
+    card = render_card(
+        report,
+        base_model=base_model,
+        is_hub_model=location.repo_id is not None,
+        licence=licence_of(source.folder),
+    )
     documents["README.md"] = card.encode("utf-8", "backslashreplace")
     return report, shards, documents
 

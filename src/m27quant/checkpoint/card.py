@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import jinja2
 
 TEMPLATES = Path(__file__).parent / "templates"
+MAX_FRONT_MATTER = 64 * 2**10
 
 
-def render_card(report: Mapping[str, Any], *, base_model: str, is_hub_model: bool) -> str:
-    """The model card from the quantization report."""
+def render_card(
+    report: Mapping[str, Any], *, base_model: str, is_hub_model: bool, licence: Mapping[str, str]
+) -> str:
+    """The model card from the quantization report; `licence` is the source's, see `licence_of`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
@@ -25,7 +29,21 @@ def render_card(report: Mapping[str, Any], *, base_model: str, is_hub_model: boo
     environment.filters["gb"] = lambda n: f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"
     environment.filters["sci"] = lambda x: f"{x:.3e}"
     template = environment.get_template("README.md.jinja")
-    return template.render(report=report, base_model=base_model, is_hub_model=is_hub_model)
+    return template.render(report=report, base_model=base_model, is_hub_model=is_hub_model, licence=licence)
+
+
+def licence_of(folder: Path) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` from the front matter of the source's model card, as far as stated."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        text = file.read(MAX_FRONT_MATTER).decode("utf-8", "replace")
+    front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    found = re.findall(
+        r"^(license(?:_name|_link)?):[ \t]*([\w./:-]+)[ \t]*$", front[1] if front else "", re.M
+    )
+    return dict(found)
 
 
 def escape_markdown(text: object) -> str:

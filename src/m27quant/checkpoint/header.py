@@ -17,6 +17,8 @@ from m27quant.checkpoint.strict_json import parse, refuse_lfs_pointer, require_r
 from m27quant.errors import CheckpointError, EnvironmentFault, escape
 
 MAX_HEADER_BYTES = 100_000_000
+AGAIN = "download the file again"
+UNREADABLE = "check the disk or the network mount"
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
@@ -71,10 +73,10 @@ def read_header(path: Path) -> Header:
             f"{shown}: permission denied (mode {info.st_mode & 0o777:04o})", hint=f"chmod u+r '{shown}'"
         ) from None
     except OSError as fault:
-        raise EnvironmentFault(f"{shown}: cannot be read ({fault.strerror})") from None
+        raise EnvironmentFault(f"{shown}: cannot be read ({fault.strerror})", hint=UNREADABLE) from None
     entries = parse(raw, f"{shown}: header")
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{shown}: the header is not a JSON object")
+        raise CheckpointError(f"{shown}: the header is not a JSON object", hint=AGAIN)
     metadata = _metadata(shown, entries.pop("__metadata__", {}))
     begin = 8 + len(raw)
     tensors = {name: _tensor(path, name, entry, begin) for name, entry in entries.items()}
@@ -84,31 +86,28 @@ def read_header(path: Path) -> Header:
 
 def _header_bytes(path: Path, prefix: bytes, size: int, file: Any) -> bytes:
     shown = escape(path)
-    hint = "download the file again"
     if size < 8:
-        raise CheckpointError(f"{shown}: {size} bytes, too small for a safetensors header", hint=hint)
+        raise CheckpointError(f"{shown}: {size} bytes, too small for a safetensors header", hint=AGAIN)
     if prefix.startswith(b"version "):
         refuse_lfs_pointer(path, prefix + file.read(64))
-    if prefix[:4] == b"PK\x03\x04" or prefix[:1] == b"\x80":
-        raise CheckpointError(f"{shown}: a pickle, which is never loaded", hint="convert it to safetensors")
     length = int.from_bytes(prefix, "little")
-    if length > MAX_HEADER_BYTES:
-        raise CheckpointError(
-            f"{shown}: header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}", hint=hint
-        )
-    if 8 + length > size:
-        raise CheckpointError(
-            f"{shown}: header ends at byte {8 + length:,} but the file has {size:,}", hint=hint
-        )
+    if length > MAX_HEADER_BYTES or 8 + length > size:
+        # A good header of 640 bytes begins like a pickle, so this is asked of bad ones only.
+        if prefix[:4] == b"PK\x03\x04" or prefix[:1] == b"\x80":
+            raise CheckpointError(
+                f"{shown}: a pickle, which is never loaded", hint="convert it to safetensors"
+            )
+        limit = f"more than {MAX_HEADER_BYTES:,}" if length > MAX_HEADER_BYTES else f"the file has {size:,}"
+        raise CheckpointError(f"{shown}: a header of {length:,} bytes, {limit}", hint=AGAIN)
     raw: bytes = file.read(length)
     if len(raw) != length:
-        raise CheckpointError(f"{shown}: truncated while it was read", hint=hint)
+        raise CheckpointError(f"{shown}: truncated while it was read", hint=AGAIN)
     return raw
 
 
 def _metadata(shown: str, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise CheckpointError(f"{shown}: __metadata__ must map strings to strings")
+        raise CheckpointError(f"{shown}: __metadata__ must map strings to strings", hint=AGAIN)
     return value
 
 
@@ -119,21 +118,25 @@ def _is_count(value: Any) -> bool:
 def _tensor(path: Path, name: str, entry: Any, begin: int) -> TensorInfo:
     where = f"{escape(path)}: tensor '{escape(name)}'"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: needs exactly dtype, shape and data_offsets")
+        raise CheckpointError(f"{where}: needs exactly dtype, shape and data_offsets", hint=AGAIN)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CheckpointError(f"{where}: unknown dtype '{escape(dtype)}'; known: {', '.join(DTYPE_BITS)}")
+        raise CheckpointError(
+            f"{where}: unknown dtype '{escape(dtype)}'; known: {', '.join(DTYPE_BITS)}", hint=AGAIN
+        )
     if not isinstance(shape, list) or len(shape) > 16 or not all(_is_count(n) for n in shape):
-        raise CheckpointError(f"{where}: bad shape {escape(shape)}")
+        raise CheckpointError(f"{where}: bad shape {escape(shape)}", hint=AGAIN)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
-        raise CheckpointError(f"{where}: bad data_offsets {escape(offsets)}")
+        raise CheckpointError(f"{where}: bad data_offsets {escape(offsets)}", hint=AGAIN)
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits % 8 or bits >= 2**66:
-        raise CheckpointError(f"{where}: {dtype} {shape} is not a whole number of bytes that could exist")
+        raise CheckpointError(
+            f"{where}: {dtype} {shape} is not a whole number of bytes that could exist", hint=AGAIN
+        )
     start, end = offsets
     if end - start != bits // 8:
         raise CheckpointError(
-            f"{where}: {dtype} {shape} takes {bits // 8:,} bytes, offsets span {end - start:,}"
+            f"{where}: {dtype} {shape} takes {bits // 8:,} bytes, offsets span {end - start:,}", hint=AGAIN
         )
     return TensorInfo(name, dtype, tuple(shape), path, begin + start, begin + end)
 
@@ -148,17 +151,12 @@ def _check_coverage(shown: str, tensors: list[TensorInfo], begin: int, size: int
                 if tensor.start < at
                 else f"leaves a hole of {tensor.start - at:,} bytes"
             )
-            raise CheckpointError(
-                f"{shown}: tensor '{escape(tensor.name)}' {fault}", hint="download the file again"
-            )
+            raise CheckpointError(f"{shown}: tensor '{escape(tensor.name)}' {fault}", hint=AGAIN)
         at = tensor.end
     if at > size:
-        raise CheckpointError(
-            f"{shown}: truncated: {size:,} bytes where the header needs {at:,}",
-            hint="download the file again",
-        )
+        raise CheckpointError(f"{shown}: truncated: {size:,} bytes where the header needs {at:,}", hint=AGAIN)
     if at < size:
-        raise CheckpointError(f"{shown}: {size - at:,} trailing bytes behind the last tensor")
+        raise CheckpointError(f"{shown}: {size - at:,} trailing bytes behind the last tensor", hint=AGAIN)
 
 
 def pread_exactly(fd: int, view: memoryview, offset: int, shown: str) -> None:
@@ -168,7 +166,10 @@ def pread_exactly(fd: int, view: memoryview, offset: int, shown: str) -> None:
         try:
             n = os.preadv(fd, [view[done : done + 2**30]], offset + done)
         except OSError as fault:
-            raise EnvironmentFault(f"{shown}: cannot be read ({fault.strerror})") from None
+            raise EnvironmentFault(f"{shown}: cannot be read ({fault.strerror})", hint=UNREADABLE) from None
         if n == 0:
-            raise CheckpointError(f"{shown}: ended at byte {offset + done:,} while it was read")
+            raise CheckpointError(
+                f"{shown}: ended at byte {offset + done:,} while it was read",
+                hint="let nothing write to MODEL during a run",
+            )
         done += n
