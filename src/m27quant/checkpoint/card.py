@@ -29,11 +29,17 @@ def render_card(
     environment.filters["gb"] = lambda n: f"{n / 1e9:,.2f} GB" if n >= 1e8 else f"{n / 1e6:,.2f} MB"
     environment.filters["sci"] = lambda x: f"{x:.3e}"
     template = environment.get_template("README.md.jinja")
-    return template.render(report=report, base_model=base_model, is_hub_model=is_hub_model, licence=licence)
+    return template.render(
+        report=report,
+        base_model=base_model,
+        is_hub_model=is_hub_model,
+        licence=licence,
+        licence_name=licence.get("license_name") or licence.get("license"),
+    )
 
 
 def licence_of(folder: Path) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` from the front matter of the source's model card, as far as stated."""
+    """What the front matter of the source's model card says: `license`, `license_name`, `license_link`."""
     path = folder / "README.md"
     if not path.is_file():
         return {}
