@@ -72,7 +72,10 @@ def escape(text: object, limit: int = 200) -> str:
     Control characters, bidirectional marks and other unprintable characters appear as escapes;
     text longer than `limit` characters is cut in the middle.
     """
-    raw = str(text)
+    try:
+        raw = str(text)
+    except RecursionError:  # lists within lists, as deep as the JSON parser allows
+        raw = f"a deeply nested {type(text).__name__}"
     if len(raw) > limit:
         raw = f"{raw[: limit // 2]}...{raw[-limit // 2 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in raw)

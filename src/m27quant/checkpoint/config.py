@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m27quant.checkpoint.strict_json import read_object
+from m27quant.checkpoint.strict_json import DAMAGED, read_object
 from m27quant.errors import CheckpointError, escape
 
 MODEL_TYPE = "minimax_m2"
 ARCHITECTURE = "MiniMaxM2ForCausalLM"
+OTHER_MODEL = "start from the official checkpoint, or a fine-tune that keeps its architecture"
+PLAIN_SOURCE = "start from the official FP8 checkpoint or a BF16 fine-tune of it"
 GROUP_SIZE = 16
 """NVFP4's block along the input features."""
 
@@ -85,11 +87,13 @@ def _refuse_other_models(raw: dict[str, Any], where: str) -> None:
     model_type, architectures = raw.get("model_type"), raw.get("architectures")
     if model_type != MODEL_TYPE:
         raise CheckpointError(
-            f"{where}: model_type is '{escape(model_type)}'; supported is '{MODEL_TYPE}' (MiniMax-M2, M2.1, M2.5, M2.7)"
+            f"{where}: model_type is '{escape(model_type)}'; supported is '{MODEL_TYPE}' (MiniMax-M2, M2.1, M2.5, M2.7)",
+            hint=OTHER_MODEL,
         )
     if architectures is not None and architectures != [ARCHITECTURE]:
         raise CheckpointError(
-            f"{where}: architectures is {escape(architectures)}; only ['{ARCHITECTURE}'] is supported"
+            f"{where}: architectures is {escape(architectures)}; only ['{ARCHITECTURE}'] is supported",
+            hint=OTHER_MODEL,
         )
     expected: dict[str, tuple[Any, ...]] = {
         "scoring_func": (None, "sigmoid"),
@@ -106,18 +110,23 @@ def _refuse_other_models(raw: dict[str, Any], where: str) -> None:
         value = raw.get(key)
         if not any(value is a or (type(value) is type(a) and value == a) for a in allowed):
             raise CheckpointError(
-                f"{where}: {key} = {escape(value)} is not a MiniMax-M2.x that this version computes"
+                f"{where}: {key} = {escape(value)} is not a MiniMax-M2.x that this version computes",
+                hint=OTHER_MODEL,
             )
     kinds = raw.get("attn_type_list")
     if kinds is not None and (not isinstance(kinds, list) or any(k != 1 for k in kinds)):
-        raise CheckpointError(f"{where}: attn_type_list names attention other than full attention (1)")
+        raise CheckpointError(
+            f"{where}: attn_type_list names attention other than full attention (1)", hint=OTHER_MODEL
+        )
 
 
 def _integer(raw: dict[str, Any], key: str, where: str, largest: int) -> int:
     value = raw.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
         found = "is missing" if key not in raw else f"is {escape(value)}"
-        raise CheckpointError(f"{where}: {key} {found}; expected an integer from 1 to {largest}")
+        raise CheckpointError(
+            f"{where}: {key} {found}; expected an integer from 1 to {largest}", hint=DAMAGED
+        )
     return value
 
 
@@ -130,7 +139,7 @@ def _number(raw: dict[str, Any], key: str, where: str, default: float | None = N
         or not math.isfinite(value)
     ):
         found = "is missing" if value is None else f"is {escape(value)}"
-        raise CheckpointError(f"{where}: {key} {found}; expected a positive number")
+        raise CheckpointError(f"{where}: {key} {found}; expected a positive number", hint=DAMAGED)
     return float(value)
 
 
@@ -139,7 +148,9 @@ def _rotary(raw: dict[str, Any], where: str) -> tuple[int, float]:
     rope = raw.get("rope_parameters")
     rope = rope if isinstance(rope, dict) else {}
     if rope.get("rope_type", "default") != "default":
-        raise CheckpointError(f"{where}: rope_type '{escape(rope['rope_type'])}' is not supported")
+        raise CheckpointError(
+            f"{where}: rope_type '{escape(rope['rope_type'])}' is not supported", hint=OTHER_MODEL
+        )
     theta = _number(raw if "rope_theta" in raw else rope, "rope_theta", where)
     if "rotary_dim" in raw:
         return _integer(raw, "rotary_dim", where, 4096), theta
@@ -151,7 +162,9 @@ def _rotary(raw: dict[str, Any], where: str) -> tuple[int, float]:
         )
     head_dim = _integer(raw, "head_dim", where, 4096)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
-        raise CheckpointError(f"{where}: partial_rotary_factor is {escape(factor)}; expected 0 to 1")
+        raise CheckpointError(
+            f"{where}: partial_rotary_factor is {escape(factor)}; expected 0 to 1", hint=DAMAGED
+        )
     return int(head_dim * factor), theta
 
 
@@ -160,18 +173,24 @@ def _weight_block_size(raw: dict[str, Any], where: str) -> tuple[int, int] | Non
     if quantization is None:
         return None
     if not isinstance(quantization, dict):
-        raise CheckpointError(f"{where}: quantization_config is not an object")
+        raise CheckpointError(f"{where}: quantization_config is not an object", hint=DAMAGED)
     method = quantization.get("quant_method")
     if method != "fp8":
         algorithm = quantization.get("quant_algo")
         kind = f"{escape(method)} {escape(algorithm)}" if algorithm else escape(method)
         raise CheckpointError(
             f"{where}: this checkpoint is already quantized ({kind})",
-            hint="start from the official FP8 checkpoint or a BF16 fine-tune of it",
+            hint=PLAIN_SOURCE,
         )
     if quantization.get("fmt", "float8_e4m3fn") not in ("float8_e4m3fn", "e4m3"):
         raise CheckpointError(
-            f"{where}: FP8 format '{escape(quantization.get('fmt'))}'; only E4M3 is supported"
+            f"{where}: FP8 format '{escape(quantization.get('fmt'))}'; only E4M3 is supported",
+            hint=PLAIN_SOURCE,
+        )
+    exempt = quantization.get("modules_to_not_convert")
+    if exempt is not None and (not isinstance(exempt, list) or not all(isinstance(m, str) for m in exempt)):
+        raise CheckpointError(
+            f"{where}: quantization_config.modules_to_not_convert is not a list of module names", hint=DAMAGED
         )
     block = quantization.get("weight_block_size")
     if (
@@ -189,18 +208,21 @@ def _weight_block_size(raw: dict[str, Any], where: str) -> tuple[int, int] | Non
 def _check_consistency(c: M2Config, where: str) -> None:
     if c.num_experts_per_tok > c.num_local_experts:
         raise CheckpointError(
-            f"{where}: num_experts_per_tok {c.num_experts_per_tok} > num_local_experts {c.num_local_experts}"
+            f"{where}: num_experts_per_tok {c.num_experts_per_tok} > num_local_experts {c.num_local_experts}",
+            hint=DAMAGED,
         )
     if c.num_attention_heads % c.num_key_value_heads:
         raise CheckpointError(
-            f"{where}: {c.num_attention_heads} query heads do not divide among {c.num_key_value_heads} key/value heads"
+            f"{where}: {c.num_attention_heads} query heads do not divide among {c.num_key_value_heads} key/value heads",
+            hint=DAMAGED,
         )
-    if c.rotary_dim % 2 or c.rotary_dim > c.head_dim:
+    if c.rotary_dim % 2 or not 2 <= c.rotary_dim <= c.head_dim:
         raise CheckpointError(
-            f"{where}: rotary_dim {c.rotary_dim} must be even and at most head_dim {c.head_dim}"
+            f"{where}: rotary_dim {c.rotary_dim} must be even, from 2 to head_dim {c.head_dim}", hint=DAMAGED
         )
     for key in ("hidden_size", "intermediate_size"):
         if getattr(c, key) % GROUP_SIZE:
             raise CheckpointError(
-                f"{where}: {key} {getattr(c, key)} is not a multiple of {GROUP_SIZE}, so its experts have no NVFP4 form"
+                f"{where}: {key} {getattr(c, key)} is not a multiple of {GROUP_SIZE}, so its experts have no NVFP4 form",
+                hint="start from a checkpoint whose sizes are multiples of 16",
             )

@@ -92,8 +92,8 @@ def _header_bytes(path: Path, prefix: bytes, size: int, file: Any) -> bytes:
         refuse_lfs_pointer(path, prefix + file.read(64))
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES or 8 + length > size:
-        # A good header of 640 bytes begins like a pickle, so this is asked of bad ones only.
-        if prefix[:4] == b"PK\x03\x04" or prefix[:1] == b"\x80":
+        # A header's length may begin with a pickle's first byte, so this is asked of bad ones only.
+        if prefix[:4] == b"PK\x03\x04" or (prefix[:1] == b"\x80" and file.read(1) != b"{"):
             raise CheckpointError(
                 f"{shown}: a pickle, which is never loaded", hint="convert it to safetensors"
             )

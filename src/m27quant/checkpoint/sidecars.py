@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from m27quant.checkpoint.strict_json import MAX_CONFIG_BYTES, parse, read_bytes, refuse_lfs_pointer
+from m27quant.checkpoint.strict_json import DAMAGED, MAX_CONFIG_BYTES, parse, read_bytes, refuse_lfs_pointer
 from m27quant.errors import CheckpointError, escape
 
 COPIED = (
@@ -32,7 +32,7 @@ def collect(folder: Path, raw_config: dict[str, Any]) -> tuple[dict[str, bytes],
         if (data := _read(folder, name)) is not None:
             files[name] = data
     if "tokenizer.json" in files:
-        parse(files["tokenizer.json"], escape(folder / "tokenizer.json"))
+        _check_tokenizer(files["tokenizer.json"], escape(folder / "tokenizer.json"))
     else:
         notices.append("the source has no tokenizer.json; the output will have none either")
     _add_tokenizer_config(folder, files, notices)
@@ -62,15 +62,25 @@ def _read(folder: Path, name: str) -> bytes | None:
     return data
 
 
+def _check_tokenizer(data: bytes, where: str) -> None:
+    value = parse(data, where)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: expected a JSON object", hint=DAMAGED)
+    if not isinstance(value.get("added_tokens") or [], list):
+        raise CheckpointError(f"{where}: added_tokens is not a list", hint=DAMAGED)
+
+
 def _object(folder: Path, name: str) -> dict[str, Any] | None:
     data = _read(folder, name)
     if data is None:
         return None
     if len(data) > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{escape(folder / name)}: {len(data):,} bytes is no configuration")
+        raise CheckpointError(
+            f"{escape(folder / name)}: {len(data):,} bytes is no configuration", hint=DAMAGED
+        )
     value = parse(data, escape(folder / name))
     if not isinstance(value, dict):
-        raise CheckpointError(f"{escape(folder / name)}: expected a JSON object")
+        raise CheckpointError(f"{escape(folder / name)}: expected a JSON object", hint=DAMAGED)
     return value
 
 
@@ -134,7 +144,7 @@ def _remote_code(folder: Path, raw_config: dict[str, Any], notices: list[str]) -
 
 
 def _is_plain(name: str) -> bool:
-    return name.removesuffix(".py").isidentifier()
+    return name.removesuffix(".py").isidentifier() and len(name.encode()) <= 255
 
 
 def has_remote_code(files: dict[str, bytes]) -> bool:

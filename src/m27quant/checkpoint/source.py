@@ -16,7 +16,7 @@ from m27quant.checkpoint.buffers import byte_view
 from m27quant.checkpoint.config import M2Config, read_config
 from m27quant.checkpoint.header import Header, TensorInfo, pread_exactly, read_header
 from m27quant.checkpoint.hub import Location
-from m27quant.checkpoint.strict_json import MAX_INDEX_BYTES, parse, read_bytes, refuse_lfs_pointer
+from m27quant.checkpoint.strict_json import DAMAGED, MAX_INDEX_BYTES, parse, read_bytes, refuse_lfs_pointer
 from m27quant.errors import CheckpointError, EnvironmentFault, escape
 
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ class Source:
                 f"{escape(self.folder)}: only pickled weights ({escape(pickles[0].name)}), which are never loaded",
                 hint="convert the checkpoint to safetensors",
             )
-        raise CheckpointError(f"{escape(self.folder)}: no weights ({INDEX} or {SINGLE})")
+        raise CheckpointError(
+            f"{escape(self.folder)}: no weights ({INDEX} or {SINGLE})", hint="download them"
+        )
 
     def _tensors_by_index(self, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
         by_shard: dict[str, list[str]] = {}
@@ -116,7 +118,8 @@ class Source:
             for name in names:
                 if name not in header.tensors:
                     raise CheckpointError(
-                        f"{INDEX} maps tensor '{escape(name)}' to {escape(shard)}, which does not hold it"
+                        f"{INDEX} maps tensor '{escape(name)}' to {escape(shard)}, which does not hold it",
+                        hint=f"index and shards are not of one checkpoint; download {INDEX} and the shard again",
                     )
                 tensors[name] = header.tensors[name]
         for path, header in self.headers.items():
@@ -134,7 +137,9 @@ class Source:
         try:
             return self.tensors[name]
         except KeyError:
-            raise CheckpointError(f"{escape(self.folder)}: tensor '{escape(name)}' is missing") from None
+            raise CheckpointError(
+                f"{escape(self.folder)}: tensor '{escape(name)}' is missing", hint=DAMAGED
+            ) from None
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor on the CPU, bit for bit as it is stored."""
@@ -168,7 +173,9 @@ class Source:
                 try:
                     self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as fault:
-                    raise EnvironmentFault(f"{escape(path)}: cannot be opened ({fault.strerror})") from None
+                    raise EnvironmentFault(
+                        f"{escape(path)}: cannot be opened ({fault.strerror})", hint="check its permissions"
+                    ) from None
             return self._files[path]
 
     def recheck_all(self) -> None:
@@ -181,10 +188,13 @@ class Source:
         try:
             now = path.stat()
         except OSError:
-            raise CheckpointError(f"{escape(path)}: vanished while it was in use") from None
+            raise CheckpointError(
+                f"{escape(path)}: vanished while it was in use", hint="leave MODEL alone during a run"
+            ) from None
         if (now.st_size, now.st_mtime_ns) != (header.file_size, header.mtime_ns):
             raise CheckpointError(
-                f"{escape(path)}: changed while it was in use", hint="let nothing write to MODEL during a run"
+                f"{escape(path)}: changed while it was in use",
+                hint="leave MODEL alone during a run, then start again with --overwrite",
             )
 
     def identity(self) -> dict[str, str]:
@@ -220,10 +230,12 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     value = parse(data, escape(index))
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{escape(index)}: weight_map is missing, empty or not an object")
+        raise CheckpointError(f"{escape(index)}: weight_map is missing, empty or not an object", hint=DAMAGED)
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise CheckpointError(f"{escape(index)}: weight_map['{escape(name)}'] is not a file name")
+            raise CheckpointError(
+                f"{escape(index)}: weight_map['{escape(name)}'] is not a file name", hint=DAMAGED
+            )
     return weight_map
 
 
@@ -238,21 +250,23 @@ def _check_stays_inside(folder: Path, shard: str) -> None:
         or windows.name != shard
         or windows.drive
         or shard in ("", ".", "..")
-        or len(shard) > 255
+        or len(shard.encode("utf-8", "backslashreplace")) > 255
     ):
         raise CheckpointError(
             f"{INDEX}: '{escape(shard)}' is not a plain file name; it would leave the folder",
             hint="do not use this checkpoint",
         )
     if not shard.endswith(".safetensors"):
-        raise CheckpointError(f"{INDEX}: '{escape(shard)}' is not a .safetensors file")
+        raise CheckpointError(f"{INDEX}: '{escape(shard)}' is not a .safetensors file", hint=DAMAGED)
     path = folder / shard
     if not path.is_symlink():
         return
     try:
         target, home = path.resolve(strict=False), folder.resolve()
     except (OSError, RuntimeError):
-        raise CheckpointError(f"{escape(path)}: a link that cannot be followed") from None
+        raise CheckpointError(
+            f"{escape(path)}: a link that cannot be followed", hint="put the file itself in its place"
+        ) from None
     blobs = home.parent.parent / "blobs"
     in_cache = home.parent.name == "snapshots" and target.parent == blobs.resolve()
     if target.parent != home and not in_cache:
