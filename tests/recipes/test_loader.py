@@ -421,3 +421,5 @@ class TestImports:
             *EXPERTS, entry("*[kv]_bmm_quantizer", "{$import: fp8, use_constant_amax: true}")
         )
         assert parsed(text).resolve(MODULES).kv_cache == "fp8_cast"
+        with pytest.raises(RecipeError, match="one scale per channel"):
+            parsed(text.replace("use_constant_amax: true", "axis: 0")).resolve(MODULES)

@@ -69,6 +69,13 @@ def test_enable_without_cfg_keeps_the_format() -> None:
     assert resolved.kv_cache is None
 
 
+def test_cfg_counts_even_where_it_is_switched_off() -> None:
+    asleep = [e[:-1] + ", enable: false}" for e in EXPERTS]
+    awake = entry("*.experts.*t_quantizer", enable="true")
+    idle = entry("*output_quantizer", enable="false")
+    assert len(parsed(recipe_text(*asleep, awake, idle)).resolve(MODULES).quantized) == 18
+
+
 def test_patterns_that_read_digits() -> None:
     by_number = [entry(f"*.w{i}.{q}_quantizer", NVFP4) for i in (1, 2, 3) for q in ("weight", "input")]
     assert len(parsed(recipe_text(*by_number)).resolve(MODULES).quantized) == 18
