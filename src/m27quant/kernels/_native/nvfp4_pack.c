@@ -8,8 +8,9 @@
  *
  * The limits are exact.  With d = weight_scale * weight_scale_2 in F32, "F32(x / d) > B" holds if and only if
  * x / d lies above the middle between B and its successor (at the middle the even one, B, wins), and
- * "F32(x / d) >= B" if and only if it lies above the middle between B and its predecessor.  Such a middle has
- * 25 significant bits and d has 24: their product is exact in a double, and as BF16 has 8 bits, x never equals it.
+ * "F32(x / d) >= B" if and only if it lies above the middle between B and its predecessor.  Such a middle is
+ * an odd number of 25 bits times a power of two and d has 24 bits: their product is exact in a double, and
+ * x, with the 8 bits of BF16, never equals it.
  */
 #include <stdlib.h>
 
@@ -22,7 +23,7 @@
 typedef int8_t Lanes __attribute__((vector_size(16)));
 typedef int16_t Lanes16 __attribute__((vector_size(16)));
 
-/* LIMIT[k] * d is what x must exceed: k = 0 for y > 0 (the sign bit), k = 1..7 for an E2M1 code of at least k. */
+/* LIMIT[k] * d is what x must exceed: for y > 0 (the sign bit) with k = 0, for an E2M1 code >= k with k = 1..7. */
 static const double LIMIT[8] = {
     0x1p-150, /* half of the smallest positive F32 */
     0.25 + 0x1p-26, 0.75 - 0x1p-25, 1.25 + 0x1p-24, 1.75 - 0x1p-24, 2.5 + 0x1p-23, 3.5 - 0x1p-23, 5.0 + 0x1p-22,
@@ -32,6 +33,14 @@ static const double LIMIT[8] = {
 M27_INLINE float unclamped_scale(float amax, float ws2) {
     float s = amax / (6.0f * ws2);
     return s == 0.0f ? 1.0f : s;
+}
+
+/* Adds `groups` to each of the three counts that a group with this largest magnitude belongs to. */
+M27_INLINE void count(int64_t *counts, float amax, float ws2, int64_t groups) {
+    float s = unclamped_scale(amax, ws2);
+    counts[0] += amax == 0.0f ? groups : 0;
+    counts[1] += s > 448.0f ? groups : 0;
+    counts[2] += s < 0x1p-9f ? groups : 0;
 }
 
 M27_INLINE uint8_t scale_code(float amax, float ws2) {
@@ -156,6 +165,23 @@ M27_CLONES static float amax_fp8(const uint8_t *weight, const float *scale_inv, 
     return amax;
 }
 
+M27_CLONES static void count_fp8(const uint8_t *weight, const float *scale_inv, int64_t K, int64_t block_n,
+                                 int64_t block_k, float ws2, int64_t *counts, int64_t row0, int64_t row1) {
+    int64_t J = (K + block_k - 1) / block_k;
+    double value[CODES];
+    for (int64_t top = row0, bottom; top < row1; top = bottom) {
+        bottom = block_end(top, block_n, row1);
+        for (int64_t left = 0, right; left < K; left = right) {
+            right = block_end(left, block_k, K);
+            int64_t groups[CODES] = {0};
+            for (int64_t n = top; n < bottom; n++)
+                for (int64_t k = left; k < right; k += GROUP) groups[group_most(weight + n * K + k)]++;
+            block_values(scale_inv[top / block_n * J + left / block_k], value);
+            for (int m = 0; m < CODES; m++) count(counts, (float)value[m], ws2, groups[m]);
+        }
+    }
+}
+
 /* ---- BF16 input ----------------------------------------------------------------------------------------- */
 
 /* As Steps, in BF16 magnitudes and for the whole weight, since nothing but the largest magnitude matters. */
@@ -226,15 +252,10 @@ M27_CLONES static uint16_t amax_bf16(const uint16_t *weight, int64_t count) {
     return most;
 }
 
-M27_CLONES static void count_bf16(const uint16_t *weight, int64_t K, float ws2, int64_t row0, int64_t row1,
-                                  int64_t *counts) {
-    for (int64_t g = row0 * K / GROUP; g < row1 * K / GROUP; g++) {
-        uint32_t most = group_most_bf16(weight + g * GROUP);
-        float s = unclamped_scale(bf16_value(most), ws2);
-        counts[0] += most == 0;
-        counts[1] += s > 448.0f;
-        counts[2] += s < 0x1p-9f;
-    }
+M27_CLONES static void count_bf16(const uint16_t *weight, int64_t K, float ws2, int64_t *counts, int64_t row0,
+                                  int64_t row1) {
+    for (int64_t g = row0 * K / GROUP; g < row1 * K / GROUP; g++)
+        count(counts, bf16_value(group_most_bf16(weight + g * GROUP)), ws2, 1);
 }
 
 /* ---- the error of packing ------------------------------------------------------------------------------- */
@@ -268,7 +289,7 @@ M27_CLONES static void row_errors(const uint16_t *weight, int64_t K, float ws2, 
     }
 }
 
-/* ---- what the loader calls: rows [row0, row1); for FP8 block_k is a multiple of 16 ------------------------ */
+/* ---- what the loader calls: rows [row0, row1); for FP8 block_k is a multiple of 16 ---------------------- */
 
 /* 1, or with undefined output 0 when a group holds a NaN or Inf and -1 when memory ran out. */
 M27_EXPORT int m27_pack_fp8(const uint8_t *weight, const float *scale_inv, int64_t K, int64_t block_n,
@@ -282,7 +303,7 @@ M27_EXPORT int m27_pack_fp8(const uint8_t *weight, const float *scale_inv, int64
 M27_EXPORT int m27_pack_bf16(const uint16_t *weight, int64_t K, float ws2, uint8_t *codes, uint8_t *scales,
                              int64_t row0, int64_t row1) {
     int finite;
-    Steps16 *table = calloc(MAGNITUDES, sizeof *table); /* 4.7 MB of address space, of which a few pages are used */
+    Steps16 *table = calloc(MAGNITUDES, sizeof *table); /* 4.7 MB of which a few pages are ever touched */
     if (!table) return -1;
     M27_IEEE(finite = pack_bf16(weight, K, ws2, codes, scales, row0, row1, table));
     free(table);
@@ -305,12 +326,17 @@ M27_EXPORT float m27_amax_bf16(const uint16_t *weight, int64_t K, int64_t row0, 
 }
 
 /* Adds to counts[3]: groups of zeros, with a scale above 448, with one below 2^-9. */
-M27_EXPORT void m27_count_bf16(const uint16_t *weight, int64_t K, float ws2, int64_t *counts, int64_t row0,
-                               int64_t row1) {
-    M27_IEEE(count_bf16(weight, K, ws2, row0, row1, counts));
+M27_EXPORT void m27_count_fp8(const uint8_t *weight, const float *scale_inv, int64_t K, int64_t block_n,
+                              int64_t block_k, float ws2, int64_t *counts, int64_t row0, int64_t row1) {
+    M27_IEEE(count_fp8(weight, scale_inv, K, block_n, block_k, ws2, counts, row0, row1));
 }
 
-/* Fills signal[row0..row1) and noise[row0..row1). */
+M27_EXPORT void m27_count_bf16(const uint16_t *weight, int64_t K, float ws2, int64_t *counts, int64_t row0,
+                               int64_t row1) {
+    M27_IEEE(count_bf16(weight, K, ws2, counts, row0, row1));
+}
+
+/* Fills signal[row0..row1) and noise[row0..row1) for a BF16 weight. */
 M27_EXPORT void m27_row_errors(const uint16_t *weight, int64_t K, float ws2, const uint8_t *codes,
                                const uint8_t *scales, double *signal, double *noise, int64_t row0,
                                int64_t row1) {

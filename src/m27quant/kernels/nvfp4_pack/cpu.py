@@ -69,12 +69,17 @@ def count_groups(
     weight_NK: Tensor, scale_inv_IJ: Tensor | None, weight_scale_2: Tensor, block: tuple[int, int]
 ) -> tuple[int, int, int]:
     """See `reference.count_groups`."""
-    core, K = native.function("m27_count_bf16"), weight_NK.shape[1]
-    counts = torch.zeros(3, dtype=torch.int64)
-    for strip in strips(weight_NK, block):
-        x_RK = _bf16_rows(weight_NK, scale_inv_IJ, strip, block)
-        core(x_RK.data_ptr(), K, float(weight_scale_2), counts.data_ptr(), 0, x_RK.shape[0])
-    zero, saturated, tiny = counts.tolist()
+    weight_NK, scale_inv_IJ = _plain(weight_NK, scale_inv_IJ, block)
+    core = native.function("m27_count_bf16" if scale_inv_IJ is None else "m27_count_fp8")
+    source = _source(weight_NK, scale_inv_IJ, block)
+
+    def rows(first: int, end: int) -> Tensor:
+        counts = torch.zeros(3, dtype=torch.int64)
+        core(*source, float(weight_scale_2), counts.data_ptr(), first, end)
+        return counts
+
+    parts = _over_rows(rows, weight_NK, step=_step(scale_inv_IJ, block))
+    zero, saturated, tiny = torch.stack(parts).sum(0).tolist()
     return zero, saturated, tiny
 
 
