@@ -15,7 +15,7 @@ setup(
             sources=[f"{NATIVE}/{name}.c" for name in ("core", "fp8_dequant", "nvfp4_pack")],
             depends=[f"{NATIVE}/core.h"],
             # No -ffast-math and no contraction to FMA: every operation is rounded once, as in the reference.
-            extra_compile_args=["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
             libraries=["m"],
             optional=True,
             py_limited_api=True,
