@@ -69,7 +69,7 @@ def dry_run(
         M27Error: as `quantize_checkpoint` would before its work begins.
     """
     options = replace(options or Options(), **changes)
-    prepared = prepare(model, Path(out), options, say)
+    prepared = prepare(model, Path(out), options, say, fetch=False)
     with prepared.source as source:
         plan = prepared.plan
         return DryRun(

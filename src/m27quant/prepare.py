@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 
 import m27quant
-from m27quant.calib.data import Sequences, load_sequences, parse_dataset
+from m27quant.calib.data import Sequences, assumed_sequences, is_local, load_sequences, parse_dataset
 from m27quant.calib.memory import MemoryPlan, default_budget, plan_memory
 from m27quant.checkpoint import sidecars
+from m27quant.checkpoint.assumed import AssumedSource
 from m27quant.checkpoint.hub import locate
 from m27quant.checkpoint.layout import check_layout
 from m27quant.checkpoint.source import Source
@@ -85,40 +86,45 @@ class Prepared:
         }
 
 
-def prepare(model: str, out: Path, options: Options, say: Callable[[str], None]) -> Prepared:
-    """Read and check everything that can be known before the work: source, recipe, data, memory, disk."""
+def prepare(
+    model: str, out: Path, options: Options, say: Callable[[str], None], *, fetch: bool = True
+) -> Prepared:
+    """Read and check everything that can be known before the work: source, recipe, data, memory, disk.
+
+    With `fetch` false, weights and calibration data that are on the Hub are assumed instead of fetched.
+    """
     recipe = _recipe(options)
     device = pick_device(options.device)
-    location = locate(model, revision=options.revision, offline=options.offline, token=options.token)
+    location = locate(
+        model, revision=options.revision, offline=options.offline, token=options.token, weights=fetch
+    )
     say(f"source: {location.describe()}")
     check_paths(location.folder, out)
-    source = Source(location)
+    assumed = not fetch and location.repo_id and not any(location.folder.glob("*.safetensors"))
+    source = AssumedSource(location) if assumed else Source(location)
     try:
-        notices = [*source.warnings, *check_layout(source), *recipe.notices]
-        plan = make_plan(source, recipe, options.max_shard_size)
-        documents, more = sidecars.collect(source.folder, source.raw_config)
-        sequences, from_data = load_sequences(
-            recipe.calibration,
-            source.folder,
-            vocab_size=source.config.vocab_size,
-            max_length=source.config.max_position_embeddings,
-            seed=options.seed,
-            offline=options.offline,
-            token=options.token,
-        )
-        budget = options.max_memory or default_budget()
-        memory = plan_memory(
-            source.config,
-            num_tokens=sequences.num_tokens,
-            longest=max(sequences.lengths),
-            device=device,
-            budget=budget,
-        )
-        for notice in (notices := [*notices, *more, *from_data]):
-            say(f"notice: {notice}")
+        prepared = _decide(source, recipe, device, options, fetch)
     except BaseException:
         source.close()
         raise
+    for notice in prepared.notices:
+        say(f"notice: {notice}")
+    return prepared
+
+
+def _decide(source: Source, recipe: Recipe, device: torch.device, options: Options, fetch: bool) -> Prepared:
+    notices = [*source.warnings, *check_layout(source), *recipe.notices]
+    plan = make_plan(source, recipe, options.max_shard_size)
+    documents, about_files = sidecars.collect(source.folder, source.raw_config)
+    sequences, about_data = _sequences(source, recipe, options, fetch)
+    budget = options.max_memory or default_budget()
+    memory = plan_memory(
+        source.config,
+        num_tokens=sequences.num_tokens,
+        longest=max(sequences.lengths),
+        device=device,
+        budget=budget,
+    )
     return Prepared(
         source=source,
         recipe=recipe,
@@ -128,7 +134,25 @@ def prepare(model: str, out: Path, options: Options, say: Callable[[str], None])
         budget=budget,
         device=device,
         documents=documents,
-        notices=notices,
+        notices=[*notices, *about_files, *about_data],
+    )
+
+
+def _sequences(source: Source, recipe: Recipe, options: Options, fetch: bool) -> tuple[Sequences, list[str]]:
+    plan = recipe.calibration
+    if not fetch and not is_local(plan):
+        assumed = assumed_sequences(plan)
+        return assumed, [
+            f"calibration data are not fetched; {plan.num_samples:,} rows of {plan.seq_len} tokens are assumed"
+        ]
+    return load_sequences(
+        plan,
+        source.folder,
+        vocab_size=source.config.vocab_size,
+        max_length=source.config.max_position_embeddings,
+        seed=options.seed,
+        offline=options.offline,
+        token=options.token,
     )
 
 

@@ -110,9 +110,7 @@ def as_bytes(rows: torch.Tensor) -> memoryview:
 def _read_rows(fd: int, begin: int, count: int, hidden_size: int, path: Path) -> torch.Tensor:
     rows = torch.empty(count, hidden_size, dtype=ROW_DTYPE)
     if rows.numel():
-        pread_exactly(
-            fd, byte_view(rows), begin * hidden_size * 2, escape(path)
-        )
+        pread_exactly(fd, byte_view(rows), begin * hidden_size * 2, escape(path))
     return rows
 
 

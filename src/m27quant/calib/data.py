@@ -19,7 +19,7 @@ import torch
 
 from m27quant.calib.tokenize import Tokenize
 from m27quant.errors import CheckpointError, EnvironmentFault, UsageError, escape
-from m27quant.recipes.schema import Calibration, Dataset
+from m27quant.recipes.schema import DEFAULT_DATASETS, Calibration, Dataset
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".py", ".rst")
 TEXT_FIELDS = ("text", "article", "content", "prompt")
@@ -27,6 +27,9 @@ CHAT_FIELDS = ("messages", "conversations")
 MAX_LINE_BYTES = 64 * 2**20
 HUB_DATASET = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 SHUFFLE_BUFFER = 10_000
+
+SHORT_NAMES = {"cnn_dailymail": DEFAULT_DATASETS[0], "nemotron-post-training-dataset-v2": DEFAULT_DATASETS[1]}
+"""modelopt's names for the data sets of its recipes."""
 
 T = TypeVar("T")
 
@@ -56,6 +59,8 @@ def parse_dataset(argument: str) -> Dataset:
     path = Path(argument).expanduser()
     if path.exists():
         return Dataset(path=str(path))
+    if argument in SHORT_NAMES:
+        return SHORT_NAMES[argument]
     if argument.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", *TEXT_SUFFIXES):
         raise UsageError(f"--dataset {escape(argument)}: no such file")
     if not HUB_DATASET.fullmatch(argument):
@@ -105,6 +110,18 @@ def load_sequences(
             hint="pass --dataset FILE with `text`, `messages` or `input_ids`",
         )
     return _join(sequences, tuple(d.path for d in plan.datasets)), notices
+
+
+def is_local(plan: Calibration) -> bool:
+    """True where all data are files on this machine."""
+    return all(Path(d.path).expanduser().is_file() for d in plan.datasets)
+
+
+def assumed_sequences(plan: Calibration) -> Sequences:
+    """As many and as long sequences as `plan` asks for, without reading them: for a dry run."""
+    lengths = (plan.seq_len,) * plan.num_samples
+    ids = torch.zeros(0, dtype=torch.int64)
+    return Sequences(ids, lengths, digest="not read", sources=tuple(d.path for d in plan.datasets))
 
 
 def _join(sequences: Sequence[list[int]], sources: tuple[str, ...]) -> Sequences:

@@ -46,7 +46,9 @@ class Tokenize:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered: Any = render_jinja_template([messages], tools=tools, chat_template=self._chat_template())[0]
+            rendered: Any = render_jinja_template(
+                [messages], tools=tools, chat_template=self._chat_template()
+            )[0]
         except Exception as fault:  # noqa: BLE001 - a template may raise whatever it likes
             raise CheckpointError(f"the chat template refuses a calibration row: {escape(fault)}") from None
         ids: list[int] = self._tokenizer.encode(rendered[0], add_special_tokens=False).ids

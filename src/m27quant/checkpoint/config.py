@@ -87,7 +87,7 @@ def _refuse_other_models(raw: dict[str, Any], where: str) -> None:
     model_type, architectures = raw.get("model_type"), raw.get("architectures")
     if model_type != MODEL_TYPE:
         raise CheckpointError(
-            f"{where}: model_type is '{escape(model_type)}'; supported is '{MODEL_TYPE}' (MiniMax-M2, M2.1, M2.5, M2.7)",
+            f"{where}: model_type is '{escape(model_type)}'; supported is '{MODEL_TYPE}' (MiniMax-M2.x)",
             hint=OTHER_MODEL,
         )
     if architectures is not None and architectures != [ARCHITECTURE]:
@@ -223,6 +223,6 @@ def _check_consistency(c: M2Config, where: str) -> None:
     for key in ("hidden_size", "intermediate_size"):
         if getattr(c, key) % GROUP_SIZE:
             raise CheckpointError(
-                f"{where}: {key} {getattr(c, key)} is not a multiple of {GROUP_SIZE}, so its experts have no NVFP4 form",
+                f"{where}: {key} {getattr(c, key)} is not a multiple of {GROUP_SIZE}: no NVFP4 form",
                 hint="start from a checkpoint whose sizes are multiples of 16",
             )

@@ -9,7 +9,8 @@ from pathlib import Path
 from m27quant.errors import CheckpointError, EnvironmentFault, UsageError, escape
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "README.md"]
+SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "README.md"]
+WANTED = ["*.safetensors", *SMALL]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,12 @@ class Location:
 
 
 def locate(
-    model: str, *, revision: str | None = None, offline: bool = False, token: str | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    token: str | None = None,
+    weights: bool = True,
 ) -> Location:
     """Find MODEL: an existing folder is local; `org/name[@revision]` (also `hf://...`) is on the Hub.
 
@@ -35,6 +41,8 @@ def locate(
         UsageError: neither an existing folder nor a Hub id; a revision for a local folder.
         CheckpointError: a file where a folder is needed.
         EnvironmentFault: the Hub cannot be reached, refuses, or the cache lacks files while offline.
+
+    With `weights` false only the small files of a Hub repository are fetched.
     """
     path = Path(model).expanduser()
     if path.is_dir() and not model.startswith("hf://"):
@@ -53,10 +61,12 @@ def locate(
         raise CheckpointError(f"{escape(model)}: no such folder, and not a Hub id (org/name)")
     if at and revision not in (None, inline):
         raise UsageError(f"two revisions: @{escape(inline)} and --revision {escape(revision)}")
-    return _snapshot(repo_id, revision or inline or None, offline=offline, token=token)
+    return _snapshot(repo_id, revision or inline or None, offline=offline, token=token, weights=weights)
 
 
-def _snapshot(repo_id: str, revision: str | None, *, offline: bool, token: str | None) -> Location:
+def _snapshot(
+    repo_id: str, revision: str | None, *, offline: bool, token: str | None, weights: bool
+) -> Location:
     import huggingface_hub
     from huggingface_hub import constants, errors
 
@@ -66,7 +76,11 @@ def _snapshot(repo_id: str, revision: str | None, *, offline: bool, token: str |
         if not offline:  # pin the commit once, so that every file comes from it
             revision = huggingface_hub.HfApi(token=token).model_info(repo_id, revision=revision).sha
         folder = huggingface_hub.snapshot_download(
-            repo_id, revision=revision, token=token, local_files_only=offline, allow_patterns=WANTED
+            repo_id,
+            revision=revision,
+            token=token,
+            local_files_only=offline,
+            allow_patterns=WANTED if weights else SMALL,
         )
     except errors.GatedRepoError:
         raise EnvironmentFault(

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from m27quant.checkpoint import names
 from m27quant.checkpoint.config import M2Config
+from m27quant.checkpoint.names import TensorSpec
 from m27quant.checkpoint.source import Source
 from m27quant.errors import CheckpointError, escape
 
@@ -98,6 +99,21 @@ def _plain_tensors(c: M2Config) -> Iterable[tuple[str, tuple[str, ...], tuple[in
         yield names.correction_bias(layer), PLAIN, (c.num_local_experts,)
 
 
+def official_tensors(c: M2Config) -> Iterable[TensorSpec]:
+    """Every tensor of the official checkpoint with these sizes: block-scaled FP8, or BF16 where the config says so."""
+    for name, _, shape in _plain_tensors(c):
+        router = name.endswith((".gate.weight", ".e_score_correction_bias"))
+        yield TensorSpec(name, "F32" if router else "BF16", shape)
+    for module, shape in _linears(c):
+        yield TensorSpec(f"{module}.weight", "F8_E4M3" if c.weight_block_size else "BF16", shape)
+        if c.weight_block_size:
+            yield TensorSpec(f"{module}.weight{SCALE_SUFFIX}", "F32", _blocks(shape, c.weight_block_size))
+
+
+def _blocks(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
 def _linears(c: M2Config) -> Iterable[tuple[str, tuple[int, int]]]:
     """Linears that are FP8 in the official checkpoint: (module, [out, in])."""
     attention, experts = names.attention_shapes(c), names.expert_shapes(c)
@@ -138,7 +154,7 @@ def _linear_problem(source: Source, module: str, weight: str, shape: tuple[int, 
     ):
         return _problem(source, weight, ("BF16",), shape)
     problems = _problem(source, weight, ("F8_E4M3",), shape)
-    blocks = (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    blocks = _blocks(shape, block)
     return problems or _problem(source, weight + SCALE_SUFFIX, ("F32",), blocks)
 
 

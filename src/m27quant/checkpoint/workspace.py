@@ -2,19 +2,17 @@
 
 Invariant: OUT is a checkpoint if and only if config.json and the index exist in it, and they land last.  Until the
 commit OUT holds nothing new but `.m27quant/`; an older checkpoint that is being overwritten stays whole until then.
+Only what the journal or an older report of ours names is ever replaced or removed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from m27quant.checkpoint.durable import (
     fault_point,
@@ -26,6 +24,7 @@ from m27quant.checkpoint.durable import (
     write_durably,
 )
 from m27quant.checkpoint.journal import Journal
+from m27quant.checkpoint.lock import OutputLock
 from m27quant.checkpoint.source import INDEX
 from m27quant.checkpoint.strict_json import read_object
 from m27quant.errors import CheckpointError, OutputError, UsageError, escape
@@ -38,61 +37,44 @@ LAST = (CONFIG, INDEX)
 
 
 class Workspace:
-    """OUT, opened by one run.  Use as a context manager: the lock is held inside."""
+    """OUT, opened by one run from `open` to `close`; the lock is held between them."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.private = out / PRIVATE
         self.work = self.private / "work"
         self.journal: Journal
-        self._created = not out.exists()
-        self._created_private = not self.private.exists()
-        self._lock = FileLock(self.private / "lock", timeout=0)
+        self._staged = self.private / "documents"
+        self._lock = OutputLock(self.private)
+        self._made: list[Path] = []
+        """Folders that this run made, outermost first."""
 
     # -- opening --------------------------------------------------------------------------------
 
-    def open(
-        self, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool, force_unlock: bool = False
-    ) -> None:
-        """Take the lock and the journal, fresh or resumed.
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Whether a run may begin here, as far as can be told without changing anything.
 
         Raises:
             OutputError: locked by another run, or somebody else's files.
-            UsageError: an unfinished or finished output without the flag that says what to do, or a
-                resume with other inputs (every difference is listed).
-            EnvironmentFault: not writable.
+            UsageError: an unfinished or finished output without the flag that says what to do.
+            CheckpointError: `resume` on a finished output that has lost files since.
+            EnvironmentFault: not readable.
         """
-        self._check_ownership(resume=resume, overwrite=overwrite)
-        try:
-            self.private.mkdir(parents=True, exist_ok=True)
-            self._acquire(force_unlock)
-            if overwrite:
-                self._discard_work()
-            self.work.mkdir(exist_ok=True)
-        except OSError as fault:
-            raise_for_os_error(fault, self.private)
-        try:
-            self.journal = Journal(self.private / "journal.jsonl")
-            self._check_fingerprint(json.loads(json.dumps(fingerprint)))
-            self._sweep()
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _check_ownership(self, *, resume: bool, overwrite: bool) -> None:
         if resume and overwrite:
-            raise UsageError("--resume and --overwrite exclude each other")
+            raise UsageError("--resume and --overwrite exclude each other", hint="choose one of them")
         shown = escape(self.out)
-        if self.out.exists() and not self.out.is_dir():
-            raise OutputError(f"{shown}: exists and is not a folder")
         try:
+            if self.out.exists() and not self.out.is_dir():
+                raise OutputError(f"{shown}: exists and is not a folder", hint="choose another OUT")
             found = sorted(p.name for p in self.out.iterdir()) if self.out.exists() else []
+            self._lock.probe()
+            ours = self._is_ours()
         except OSError as fault:
             raise_for_os_error(fault, self.out)
         fresh = set(found) <= {PRIVATE} and not self.is_unfinished()  # or it died before it recorded anything
-        if fresh or (overwrite and self.is_ours()):
+        if fresh or (overwrite and ours):
             return
-        if not self.is_ours():
+        if not ours:
             names = ", ".join(escape(n) for n in found[:5]) + (" ..." if len(found) > 5 else "")
             raise OutputError(
                 f"{shown}: not empty, and not made by m27quant ({names})",
@@ -107,50 +89,85 @@ class Workspace:
             raise UsageError(
                 f"{shown}: already holds a finished checkpoint", hint="replace it with --overwrite"
             )
+        self._check_finished_files()
+
+    def open(
+        self, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool, force_unlock: bool = False
+    ) -> None:
+        """Take the lock and the journal, fresh or resumed.
+
+        Raises:
+            M27Error: as `check` does.
+            UsageError: a resume with other inputs; every difference is listed.
+            EnvironmentFault: not writable.
+        """
+        self.check(resume=resume, overwrite=overwrite)
+        try:
+            self._make_folders()
+            self._lock.acquire(force=force_unlock)
+            self.check(resume=resume, overwrite=overwrite)  # another run may have come and gone
+            if overwrite:
+                self._discard()
+            self.work.mkdir(exist_ok=True)
+            self.journal = Journal(self.private / "journal.jsonl")
+            self._check_fingerprint(json.loads(json.dumps(fingerprint)))
+            self._sweep()
+        except BaseException as fault:
+            self.abandon()
+            if isinstance(fault, OSError):
+                raise_for_os_error(fault, self.private)
+            raise
+
+    def _make_folders(self) -> None:
+        missing = [p for p in (self.private, *self.private.parents) if not p.exists()]
+        for folder in reversed(missing):
+            with suppress(FileExistsError):
+                folder.mkdir()
+                self._made.append(folder)
 
     def is_unfinished(self) -> bool:
+        """True where a journal tells of work that is not committed and cleaned up."""
         return (self.private / "journal.jsonl").exists()
-
-    def is_ours(self) -> bool:
-        return self.is_unfinished() or self.private.is_dir() or self._report() is not None
 
     def is_complete(self) -> bool:
         """A finished checkpoint of ours with nothing left to do."""
-        return not self.is_unfinished() and all((self.out / n).exists() for n in (*LAST, REPORT))
+        return not self.is_unfinished() and self._report() is not None and self._has_last()
+
+    def _has_last(self) -> bool:
+        return all((self.out / name).exists() for name in LAST)
+
+    def _is_ours(self) -> bool:
+        return self.private.is_dir() or self._report() is not None
 
     def _report(self) -> dict[str, Any] | None:
+        """quantization_report.json of a finished checkpoint, if it is one of ours."""
         try:
             report = read_object(self.out / REPORT)
         except CheckpointError:
             return None
-        return report if report.get("producer", {}).get("name") == "m27quant" else None
+        producer = report.get("producer")
+        return report if isinstance(producer, dict) and producer.get("name") == "m27quant" else None
 
-    def finished_fingerprint(self) -> dict[str, Any] | None:
+    def finished_fingerprint(self) -> dict[str, Any]:
         """The fingerprint that a finished checkpoint's report records."""
-        report = self._report()
-        return report.get("fingerprint") if report else None
+        fingerprint = (self._report() or {}).get("fingerprint")
+        return fingerprint if isinstance(fingerprint, dict) else {}
 
-    def _acquire(self, force_unlock: bool) -> None:
-        owner = self.private / "owner.json"
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise OutputError(
-                f"{escape(self.out)}: another run is writing here ({_describe(owner)})",
-                hint="wait for it, or stop it first",
-            ) from None
-        host = _host()
-        try:
-            other = read_object(owner) if owner.exists() else {}
-        except CheckpointError:
-            other = {}
-        if other.get("host") not in (None, host) and not force_unlock:
-            self._lock.release()
-            raise OutputError(
-                f"{escape(self.out)}: a run on another machine is or was writing here ({_describe(owner)})",
-                hint="make sure that it is dead, then pass --force-unlock",
-            )
-        owner.write_text(json.dumps({"pid": os.getpid(), "host": host}))
+    def _check_finished_files(self) -> None:
+        """A finished output that has lost files is neither to be resumed nor to be called complete."""
+        report = self._report()
+        if self.is_unfinished() or report is None:
+            return
+        sizes = report.get("shards")
+        for name in _file_names(report.get("files")):
+            path = self.out / name
+            entry = sizes.get(name) if isinstance(sizes, dict) else None
+            size = entry.get("size") if isinstance(entry, dict) else None
+            if not path.is_file() or (size is not None and path.stat().st_size != size):
+                raise CheckpointError(
+                    f"{escape(path)}: missing or cut short since the checkpoint was finished",
+                    hint="replace the checkpoint with --overwrite",
+                )
 
     def _check_fingerprint(self, fingerprint: dict[str, Any]) -> None:
         begun = self.journal.find("begin")
@@ -159,14 +176,10 @@ class Workspace:
             return
         check_same(begun["fingerprint"], fingerprint)
 
-    def _discard_work(self) -> None:
-        (self.private / "journal.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(self.work, ignore_errors=True)
-
     def _sweep(self) -> None:
         """Remove what no journal line vouches for."""
-        sweep_temporaries(self.out)
         sweep_temporaries(self.private)
+        shutil.rmtree(self._staged, ignore_errors=True)
         known = {f["name"] for entry in self.journal.entries for f in entry.get("files", [])}
         for path in self.work.iterdir():
             if path.name not in known:
@@ -176,11 +189,25 @@ class Workspace:
 
     def intact(self, entry: Mapping[str, Any]) -> bool:
         """The files of a journal entry have the size and content that it says (power may have failed)."""
-        for file in entry["files"]:
-            path = self.work / file["name"]
-            if not path.exists() or path.stat().st_size != file["size"] or sha256_of(path) != file["sha256"]:
-                return False
-        return True
+        return all(is_intact(self.work / file["name"], file) for file in entry["files"])
+
+    def refuse_collisions(self, names: Iterable[str]) -> None:
+        """Raise `OutputError` where OUT holds a file of one of `names` that is not ours to replace."""
+        ours = self._replaceable()
+        strange = [
+            n for n in names if n not in ours and ((self.out / n).exists() or (self.out / n).is_symlink())
+        ]
+        if strange:
+            raise OutputError(
+                f"{escape(self.out)}: holds files that m27quant did not make and would replace: "
+                + ", ".join(escape(n) for n in strange[:5]),
+                hint="move them away, then run again",
+            )
+
+    def _replaceable(self) -> set[str]:
+        """Files of the checkpoint that is overwritten and of a commit that has begun."""
+        committed = self.journal.find("commit") or {}
+        return {*_file_names((self._report() or {}).get("files")), *_file_names(committed.get("names"))}
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -188,67 +215,130 @@ class Workspace:
         """Make OUT the checkpoint: `shards` maps work files to final names, `documents` are the small files.
 
         May be killed anywhere and called again with the same arguments.
+
+        Raises:
+            OutputError: OUT holds files of these names that are not ours.
+            EnvironmentFault: not writable, no space.
         """
-        if self.journal.find("commit") is None:
-            self.journal.append("commit")
+        names = sorted({*shards.values(), *documents})
+        self.refuse_collisions(names)
+        try:
+            if self.journal.find("commit") is None:
+                self.journal.append("commit", names=names)
+            if not self._has_landed(documents):
+                self._land(shards, documents)
+            self._clean_up()
+        except OSError as fault:
+            raise_for_os_error(fault, self.out)
+
+    def _has_landed(self, documents: Mapping[str, bytes]) -> bool:
+        """A commit that was cut short after the index had landed needs only the cleaning up."""
+        path = self.out / REPORT
+        return self._has_last() and path.is_file() and path.read_bytes() == documents[REPORT]
+
+    def _land(self, shards: Mapping[str, str], documents: Mapping[str, bytes]) -> None:
         fault_point("commit-begin")
-        staged = self.private / "documents"
-        staged.mkdir(exist_ok=True)
+        self._staged.mkdir(exist_ok=True)
         for name, data in documents.items():
-            write_durably(staged / name, data)
-        for name in reversed(LAST):  # an older checkpoint stops being one before its shards go
-            (self.out / name).unlink(missing_ok=True)
-        sync_folder(self.out)
+            write_durably(self._staged / name, data)
+        self._remove_last()  # an older checkpoint stops being one before its shards go
         fault_point("commit-unlinked")
-        self._remove_old({*shards.values(), *documents})
+        for name in self._replaceable() - {*shards.values(), *documents}:
+            (self.out / name).unlink(missing_ok=True)
         for work_name, final in shards.items():
             if (self.work / work_name).exists():
                 move_durably(self.work / work_name, self.out / final)
                 fault_point("commit-shard")
         for name in sorted(documents, key=lambda n: (LAST.index(n) if n in LAST else -1, n)):
-            if (staged / name).exists():
-                move_durably(staged / name, self.out / name)
-                fault_point("commit-document")
-        self._clean_up()
+            move_durably(self._staged / name, self.out / name)
+            fault_point("commit-document")
 
-    def _remove_old(self, keep: set[str]) -> None:
-        """Remove the files of the checkpoint that is overwritten: those that its own report lists."""
-        for name in (self._report() or {}).get("files", []):
-            if isinstance(name, str) and Path(name).name == name and name not in keep:
-                (self.out / name).unlink(missing_ok=True)
+    def _remove_last(self) -> None:
+        for name in reversed(LAST):
+            (self.out / name).unlink(missing_ok=True)
+        sync_folder(self.out)
 
     def _clean_up(self) -> None:
         """Leave only the run's log behind.  The journal goes first: without it the folder is finished."""
         fault_point("clean-up")
         (self.private / "journal.jsonl").unlink(missing_ok=True)
         sync_folder(self.private)
-        self.discard_leftovers()
+        self._remove_leftovers()
 
     def discard_leftovers(self) -> None:
-        """Remove everything private but the log (after the commit, or when that was cut short)."""
+        """Remove what a run left that was killed after its checkpoint was finished."""
+        if not self.private.is_dir() or {p.name for p in self.private.iterdir()} <= {"run.log"}:
+            return
+        self._lock.acquire(force=True)
+        try:
+            if self.is_complete():  # nobody has begun to overwrite it
+                self._remove_leftovers()
+        finally:
+            self._lock.release(forget=not self.is_unfinished())
+
+    def _remove_leftovers(self) -> None:
         for path in self.private.iterdir():
             if path.name not in ("run.log", "lock"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def abandon(self) -> None:
-        """Forget a run that has nothing worth resuming; leaves the folder as it was found."""
-        if self.journal.find("unit") is not None:
-            return
+    def _discard(self) -> None:
+        """Forget an older run, and what it may have moved to OUT in a commit that it did not finish."""
+        with suppress(CheckpointError):  # a damaged journal vouches for nothing
+            self.journal = Journal(self.private / "journal.jsonl")
+            committed = self.journal.find("commit")
+            self.journal.close()
+            if committed is not None and not self._is_whole():
+                self._remove_last()
+                for name in sorted(self._replaceable(), key=lambda n: n == REPORT):  # the list goes last
+                    (self.out / name).unlink(missing_ok=True)
         self._discard_work()
-        (self.private / "owner.json").unlink(missing_ok=True)
+
+    def _is_whole(self) -> bool:
+        """The commit that the journal tells of has landed, all but the cleaning up."""
+        begun = self.journal.find("begin") or {}
+        return (
+            self._has_last()
+            and self.finished_fingerprint() == begun.get("fingerprint")
+            and not any(self.work.glob("*.safetensors"))
+        )
+
+    def _discard_work(self) -> None:
+        (self.private / "journal.jsonl").unlink(missing_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(self._staged, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """Close; a run that has nothing worth resuming is forgotten, and the folder left as it was found."""
+        if not self._lock.is_held:
+            self._remove_made()
+            return
+        worthless = not hasattr(self, "journal") or self.journal.find("unit") is None
+        if worthless and (hasattr(self, "journal") or self.private in self._made):
+            with suppress(OSError):
+                self._discard_work()
+                if self.private in self._made:
+                    shutil.rmtree(self.private)
+            self.close()
+            self._remove_made()
         self.close()
-        if self._created_private:
-            shutil.rmtree(self.private, ignore_errors=True)
-        if self._created:
-            self.out.rmdir()
+
+    def _remove_made(self) -> None:
+        for folder in reversed(self._made):
+            with suppress(OSError):  # somebody has put something in, or another run has taken it
+                folder.rmdir()
 
     def close(self) -> None:
+        """Give the lock back."""
         if hasattr(self, "journal"):
             self.journal.close()
             del self.journal
-        self._lock.release()
-        if not self.is_unfinished() and self.private.exists():
-            (self.private / "lock").unlink(missing_ok=True)
+        if self._lock.is_held:
+            self._lock.release(forget=not self.is_unfinished())
+
+
+def is_intact(path: Path, file: Mapping[str, Any]) -> bool:
+    """The file at `path` has the `size` and `sha256` that `file` says."""
+    return path.is_file() and path.stat().st_size == file["size"] and sha256_of(path) == file["sha256"]
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -266,17 +356,13 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
+def _file_names(names: Any) -> list[str]:
+    """Those of `names` (from a file that may be anybody's) that are plain file names."""
+    if not isinstance(names, list):
+        return []
+    plain = [n for n in names if isinstance(n, str) and n not in ("", ".", "..", PRIVATE)]
+    return [n for n in plain if "/" not in n and "\x00" not in n and len(n.encode("utf-8", "replace")) <= 255]
+
+
 def _short(value: Any) -> str:
     return escape(value if isinstance(value, str) else json.dumps(value, sort_keys=True), 80)
-
-
-def _host() -> str:
-    return socket.gethostname()
-
-
-def _describe(owner: Path) -> str:
-    try:
-        record = read_object(owner)
-        return f"process {escape(record.get('pid'))} on {escape(record.get('host'))}"
-    except Exception:  # noqa: BLE001 - only a courtesy in a message
-        return "its owner is unknown"
