@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 FP8 = torch.float8_e4m3fn
 BLOCK = 128
@@ -168,3 +168,13 @@ def write_rows(path: Path, *, vocab_size: int = 256, rows: int = 6, longest: int
             ids = torch.randint(vocab_size, (length,), generator=generator).tolist()
             file.write(json.dumps({"input_ids": ids}) + "\n")
     return path
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of all shards in a folder, read by the safetensors library; a name twice is an error."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        part = load_file(path)
+        assert not set(part) & set(tensors), path
+        tensors |= part
+    return tensors

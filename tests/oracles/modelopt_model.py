@@ -18,7 +18,6 @@ from torch import nn
 from transformers.models.minimax_m2 import modeling_minimax_m2 as hf
 from transformers.models.minimax_m2.configuration_minimax_m2 import MiniMaxM2Config
 
-from m27quant.checkpoint.names import ATTENTION_PROJECTIONS
 from tests.checkpoints import from_fp8
 
 ROUTER = ("block_sparse_moe.gate.weight", "e_score_correction_bias")
@@ -153,20 +152,8 @@ def export(model: nn.Module, folder: Path) -> Path:
     """`export_hf_checkpoint`: the checkpoint as modelopt writes it."""
     from modelopt.torch.export import export_hf_checkpoint
 
-    model.config.architectures = ["MiniMaxM2ForCausalLM"]  # modelopt reads it; a model made in memory has none
+    model.config.architectures = [
+        "MiniMaxM2ForCausalLM"
+    ]  # a model made in memory has none; modelopt reads it
     export_hf_checkpoint(model, export_dir=folder)
     return folder
-
-
-__all__ = [
-    "ATTENTION_PROJECTIONS",
-    "Batch",
-    "OfficialNamesModel",
-    "bf16_copy",
-    "build",
-    "export",
-    "hf_config",
-    "left_padded",
-    "quantize",
-    "unpadded",
-]

@@ -1,0 +1,3 @@
+"""Tests of small models."""
+
+from tests.threads import one_thread as one_thread

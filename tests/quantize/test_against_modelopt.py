@@ -1,0 +1,241 @@
+"""What we write against what nvidia-modelopt itself writes, tensor by tensor.
+
+modelopt quantizes transformers' MiniMax-M2 in BF16 with our own recipe file, forcing every token through every
+expert, and exports it.  Weights and their scales must be the same bytes; ranges of activations may differ by one
+step of BF16, because modelopt takes row by row what we take in larger chunks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from m27quant import quantize_checkpoint
+from m27quant.recipes import load_recipe
+from tests.checkpoints import Shape, random_tensors, read_tensors, stored, write_checkpoint, write_rows
+from tests.oracles import modelopt_model as oracle
+from tests.tolerance import AMAX_BF16_STEPS, bf16_steps
+
+# modelopt says that it was not tested with this transformers; torch and it deprecate things of each other.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+RECIPE = "nvfp4_experts_only-fp8_kv"
+MAXIMUM = {"input_scale": 2688.0, "k_scale": 448.0, "v_scale": 448.0}
+"""amax = scale * maximum."""
+
+SHAPES = {
+    "gqa1": Shape(num_attention_heads=2, num_key_value_heads=2, num_local_experts=3),
+    "gqa2": Shape(
+        hidden_size=208,
+        intermediate_size=112,
+        head_dim=24,
+        rotary_dim=10,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+    ),
+    "gqa4": Shape(
+        hidden_size=272, intermediate_size=304, num_key_value_heads=1, rotary_dim=24, num_local_experts=5
+    ),
+}
+"""No side is a multiple of 128; some FP8 blocks at the edges are 16 wide."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A source on disk, its content, and rows of tokens for it."""
+
+    folder: Path
+    raw_config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    rows: list[list[int]]
+
+    def rows_file(self, folder: Path) -> Path:
+        path = folder / "rows.jsonl"
+        path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in self.rows))
+        return path
+
+
+def random_model(folder: Path, shape: Shape, *, seed: int = 0, rows: int = 7, longest: int = 61) -> Model:
+    tensors = stored(random_tensors(shape, seed))
+    source = write_checkpoint(folder / "fp8", shape, tensors=tensors)
+    file = write_rows(folder / "all-rows.jsonl", rows=rows, longest=longest, seed=seed)
+    ids = [json.loads(line)["input_ids"] for line in file.read_text().splitlines()]
+    return Model(source, shape.config(), tensors, ids)
+
+
+def tiny_model(repository: Path) -> Model:
+    """The trained model with some of the text that it was not trained on."""
+    from tokenizers import Tokenizer
+
+    folder = repository / "examples/tiny-m27"
+    text = (folder / "heldout.txt").read_text()
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text[:12_000]).ids
+    rows = [ids[i * 64 : i * 64 + 64 - 5 * (i % 3)] for i in range(8)]
+    raw = json.loads((folder / "config.json").read_text())
+    return Model(folder, raw, read_tensors(folder), rows)
+
+
+@pytest.fixture(params=[*SHAPES, "tiny-m27"])
+def model(request: pytest.FixtureRequest, repository: Path, tmp_path: Path) -> Model:
+    name: str = request.param
+    return tiny_model(repository) if name == "tiny-m27" else random_model(tmp_path, SHAPES[name])
+
+
+def ours(model: Model, out: Path, source: Path | None = None, moe_calib: Any = "full") -> Path:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = model.rows_file(out.parent)
+    quantize_checkpoint(
+        str(source or model.folder), out, recipe=RECIPE, dataset=[str(rows)], num_samples=len(model.rows), device="cpu",
+        moe_calib=moe_calib,
+    )  # fmt: skip
+    return out
+
+
+def modelopts(model: Model, out: Path, batches: Sequence[oracle.Batch], ratio: float | None = 1.0) -> Path:
+    section = load_recipe(RECIPE).modelopt()["quantize"]
+    assert section["algorithm"]["moe_calib_experts_ratio"] == 1.0
+    section["algorithm"]["moe_calib_experts_ratio"] = ratio
+    network = oracle.build(model.raw_config, model.tensors)
+    return oracle.export(oracle.quantize(network, section, batches), out)
+
+
+def leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that numpy takes, whatever its type."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def assert_bytes_equal(theirs: dict[str, torch.Tensor], mine: dict[str, torch.Tensor]) -> int:
+    """Everything but ranges of activations is the same, to the byte; returns how many tensors that are."""
+    assert set(theirs) == set(mine)
+    exact = [name for name in theirs if leaf(name) not in MAXIMUM]
+    for name in exact:
+        assert theirs[name].dtype == mine[name].dtype, name
+        assert theirs[name].shape == mine[name].shape, name
+        assert torch.equal(raw(theirs[name]), raw(mine[name])), name
+    return len(exact)
+
+
+def steps(theirs: dict[str, torch.Tensor], mine: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Per range of activations the BF16 steps between its two amax."""
+    found = {}
+    for name in theirs:
+        if (maximum := MAXIMUM.get(leaf(name))) is not None:
+            assert theirs[name].dtype == mine[name].dtype == torch.float32
+            assert theirs[name].shape == mine[name].shape == ()
+            found[name] = bf16_steps(float(theirs[name]) * maximum, float(mine[name]) * maximum)
+    return found
+
+
+def assert_shared_within_experts(tensors: dict[str, torch.Tensor]) -> None:
+    """w1 and w3 of one expert have one input and one weight scale."""
+    for name, value in tensors.items():
+        if leaf(name) in ("input_scale", "weight_scale_2") and ".w1." in name:
+            assert value == tensors[name.replace(".w1.", ".w3.")], name
+
+
+def test_every_tensor_is_modelopts(model: Model, tmp_path: Path, record_property: Any) -> None:
+    theirs = read_tensors(modelopts(model, tmp_path / "modelopt", oracle.unpadded(model.rows)))
+    mine = read_tensors(ours(model, tmp_path / "ours"))
+    experts = model.raw_config["num_local_experts"] * model.raw_config["num_hidden_layers"]
+    assert assert_bytes_equal(theirs, mine) > 9 * experts
+    found = steps(theirs, mine)
+    assert len(found) == 3 * experts + 2 * model.raw_config["num_hidden_layers"]
+    record_property("largest_amax_difference_in_bf16_steps", max(found.values()))
+    assert max(found.values()) <= AMAX_BF16_STEPS, {n: s for n, s in found.items() if s > AMAX_BF16_STEPS}
+    assert_shared_within_experts(mine)
+    assert_shared_within_experts(theirs)
+    w2 = {
+        float(v) for n, v in mine.items() if n.endswith("0.w2.input_scale") or n.endswith("1.w2.input_scale")
+    }
+    assert len(w2) > 1, "w2 has a range of its own in every expert"
+    assert_same_configs(tmp_path / "modelopt", tmp_path / "ours")
+
+
+def assert_same_configs(theirs: Path, mine: Path) -> None:
+    """Both quantization sections are modelopt's, but for one entry that only modelopt >= 0.45 writes.
+
+    Since then embeddings carry a (disabled) quantizer and so appear in the list; NVIDIA's own MiniMax-M2
+    checkpoints, made before, do not have it, and no engine would quantize an embedding.
+    """
+    extra = "model.embed_tokens"
+    a, b = (json.loads((f / "hf_quant_config.json").read_text()) for f in (theirs, mine))
+    assert extra in a["quantization"]["exclude_modules"]
+    a["quantization"]["exclude_modules"].remove(extra)
+    assert a == b
+    assert json.dumps(a) == json.dumps(b), "also the keys' order"
+    a, b = (json.loads((f / "config.json").read_text())["quantization_config"] for f in (theirs, mine))
+    assert extra in a["ignore"]
+    a["ignore"].remove(extra)
+    assert a == b
+    assert json.dumps(a) == json.dumps(b)
+
+
+def test_the_bf16_copy_gives_the_same_tensors_as_the_fp8_source(tmp_path: Path) -> None:
+    shape = SHAPES["gqa2"]
+    model = random_model(tmp_path, shape)
+    copy = write_checkpoint(tmp_path / "bf16", shape, fp8=False, tensors=oracle.bf16_copy(model.tensors))
+    from_fp8 = read_tensors(ours(model, tmp_path / "a" / "out"))
+    from_bf16 = read_tensors(ours(model, tmp_path / "b" / "out", source=copy))
+    assert assert_bytes_equal(from_fp8, from_bf16)
+    assert set(steps(from_fp8, from_bf16).values()) == {0}
+
+
+@pytest.mark.parametrize("name", ["gqa2", "gqa4"])
+def test_natural_coverage_is_modelopt_without_a_ratio(name: str, tmp_path: Path) -> None:
+    """Routed tokens only, then one range per projection for all experts of a layer."""
+    model = random_model(tmp_path, SHAPES[name], seed=1)
+    theirs = read_tensors(modelopts(model, tmp_path / "modelopt", oracle.unpadded(model.rows), ratio=None))
+    mine = read_tensors(ours(model, tmp_path / "ours", moe_calib="natural"))
+    assert_bytes_equal(theirs, mine)
+    assert max(steps(theirs, mine).values()) <= AMAX_BF16_STEPS
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.block_sparse_moe.experts."
+        shared = {float(v) for n, v in mine.items() if n.startswith(prefix) and n.endswith(".w2.input_scale")}
+        assert len(shared) == 1
+    full = read_tensors(ours(model, tmp_path / "full"))
+    assert any(s > AMAX_BF16_STEPS for s in steps(mine, full).values()), "the two modes are told apart"
+
+
+def test_padding_counts_for_modelopt_and_never_here(tmp_path: Path) -> None:
+    """modelopt's data loader pads on the left, and what stands at padded places goes into its ranges.
+
+    With random text the difference is some BF16 steps either way (the mask also selects another attention
+    kernel); here the padding token's embedding points where the values of layer 0 are large.
+    """
+    shape, pad = SHAPES["gqa2"], 0
+    tensors = random_tensors(shape, 2)
+    v_proj = tensors["model.layers.0.self_attn.v_proj.weight"]
+    loud = v_proj[v_proj.norm(dim=1).argmax()] / tensors["model.layers.0.input_layernorm.weight"]
+    tensors["model.embed_tokens.weight"][pad] = loud.bfloat16()
+    model = random_model(tmp_path, shape, seed=2)
+    rows = [[max(t, 1) for t in row] for row in model.rows]
+    model = Model(model.folder, model.raw_config, stored(tensors), rows)
+    write_checkpoint(model.folder, shape, tensors=model.tensors)
+    mine = read_tensors(ours(model, tmp_path / "ours"))
+
+    (padded,) = oracle.left_padded(rows, pad)
+    assert padded.attention_mask is not None
+    file = tmp_path / "padded.jsonl"
+    pairs = zip(padded.input_ids.tolist(), padded.attention_mask.tolist(), strict=True)
+    file.write_text("".join(json.dumps({"input_ids": i, "attention_mask": m}) + "\n" for i, m in pairs))
+    quantize_checkpoint(
+        str(model.folder), tmp_path / "again", dataset=[str(file)], num_samples=len(rows), device="cpu"
+    )
+    again = read_tensors(tmp_path / "again")
+    assert_bytes_equal(mine, again)
+    assert set(steps(mine, again).values()) == {0}
+
+    theirs = read_tensors(modelopts(model, tmp_path / "modelopt", [padded]))
+    assert_bytes_equal(theirs, mine)
+    name = "model.layers.0.self_attn.v_proj.v_scale"
+    assert theirs[name] > 1.5 * mine[name]
