@@ -175,7 +175,11 @@ M27_CLONES static void count_fp8(const uint8_t *weight, const float *scale_inv, 
             right = block_end(left, block_k, K);
             int64_t groups[CODES] = {0};
             for (int64_t n = top; n < bottom; n++)
-                for (int64_t k = left; k < right; k += GROUP) groups[group_most(weight + n * K + k)]++;
+                for (int64_t k = left; k < right; k += GROUP) {
+                    const uint8_t *p = weight + n * K + k;
+                    __builtin_prefetch(p + block_k);
+                    groups[group_most(p)]++;
+                }
             block_values(scale_inv[top / block_n * J + left / block_k], value);
             for (int m = 0; m < CODES; m++) count(counts, (float)value[m], ws2, groups[m]);
         }
