@@ -7,7 +7,12 @@ import random
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples in every run, and no deadline: a busy machine is not a fault of the code.
+hypothesis.settings.register_profile("m27quant", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("m27quant")
 
 # Read by huggingface_hub and datasets when they are imported, so set before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
