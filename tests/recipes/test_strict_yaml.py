@@ -70,6 +70,8 @@ def test_duplicate_keys_name_both_lines() -> None:
         "!!python/name:os.system",
         "!!binary aGk=",
         "!x y",
+        "! 5",
+        "!",
         "!!str no",
         "!!set {a}",
         "!!int '1'",

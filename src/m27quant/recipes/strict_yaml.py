@@ -142,7 +142,7 @@ class _Reader:
             raise place.error("a value is missing here")
         before = self.nodes
         self.count(1, place)
-        if event.tag not in (None, "!"):
+        if event.tag is not None:
             raise place.error(f"tag `{escape(event.tag)}` is not allowed in a recipe")
         value = self.content(event, place, depth)
         if event.anchor:
@@ -152,7 +152,7 @@ class _Reader:
     def content(self, event: yaml.ScalarEvent | yaml.CollectionStartEvent, place: Place, depth: int) -> Value:
         if isinstance(event, yaml.ScalarEvent):
             text: str = event.value
-            return scalar(text, place) if event.style is None and event.tag is None else text
+            return scalar(text, place) if event.style is None else text
         if isinstance(event, yaml.SequenceStartEvent):
             return self.sequence(place, depth)
         return self.mapping(place, depth)
