@@ -9,11 +9,12 @@ from pathlib import Path
 
 from m27quant.checkpoint import names
 from m27quant.checkpoint.config import M2Config
+from m27quant.checkpoint.durable import raise_for_os_error
 from m27quant.checkpoint.names import TensorSpec
 from m27quant.checkpoint.quant_config import exclude_modules
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.writer import ShardPlan, split_into_shards
-from m27quant.errors import EnvironmentFault, RecipeError, UsageError, escape
+from m27quant.errors import EnvironmentFault, OutputError, RecipeError, UsageError, escape
 from m27quant.recipes import Recipe, ResolvedRecipe
 
 EMBED, HEAD = "embed", "head"
@@ -126,7 +127,10 @@ def check_disk(out: Path, needed: int) -> None:
             hint="free some space, or choose OUT on another file system",
         )
     if stats.f_files and not stats.f_favail:
-        raise EnvironmentFault(f"{escape(folder)}: the file system has no inodes left")
+        raise EnvironmentFault(
+            f"{escape(folder)}: the file system has no inodes left",
+            hint="delete some files, or choose another OUT",
+        )
 
 
 def check_paths(source: Path, out: Path) -> None:
@@ -136,14 +140,21 @@ def check_paths(source: Path, out: Path) -> None:
         UsageError: they touch.
         EnvironmentFault: OUT's parent cannot be written to.
     """
-    model, target = source.resolve(), out.resolve()
-    if model == target or model in target.parents or target in model.parents:
+    try:
+        model, target = source.resolve(), out.resolve()
+        folder = _existing_parent(out)
+        same = out.exists() and source.exists() and out.samefile(source)
+    except OSError as fault:
+        raise_for_os_error(fault, out)
+    except RuntimeError:  # how Python 3.11 and 3.12 say that links go in circles
+        raise OutputError(
+            f"{escape(out)}: a link that cannot be followed", hint="choose another OUT"
+        ) from None
+    if same or model == target or model in target.parents or target in model.parents:
         raise UsageError(
-            f"OUT {escape(out)} and MODEL {escape(source)} must be two folders, neither inside the other"
+            f"OUT {escape(out)} and MODEL {escape(source)} must be two folders, neither inside the other",
+            hint="choose another OUT",
         )
-    if out.exists() and source.exists() and out.samefile(source):
-        raise UsageError(f"OUT {escape(out)} is MODEL by another name")
-    folder = _existing_parent(out)
     if (folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK)) or _read_only(folder):
         raise EnvironmentFault(
             f"{escape(folder)}: not writable", hint="choose another OUT, or change its permissions"

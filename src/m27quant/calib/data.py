@@ -12,12 +12,14 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import torch
 
 from m27quant.calib.tokenize import Tokenize
+from m27quant.checkpoint.paths import existing
+from m27quant.checkpoint.strict_json import require_regular_file
 from m27quant.errors import CheckpointError, EnvironmentFault, UsageError, escape
 from m27quant.recipes.schema import DEFAULT_DATASETS, Calibration, Dataset
 
@@ -56,15 +58,18 @@ def parse_dataset(argument: str) -> Dataset:
     Raises:
         UsageError: neither.
     """
-    path = Path(argument).expanduser()
-    if path.exists():
+    if (path := existing(argument)) is not None:
         return Dataset(path=str(path))
     if argument in SHORT_NAMES:
         return SHORT_NAMES[argument]
-    if argument.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json", ".parquet", *TEXT_SUFFIXES):
-        raise UsageError(f"--dataset {escape(argument)}: no such file")
+    hint = "name a JSONL, Parquet or text file, or a Hub data set (org/name)"
+    suffix = PurePath(argument).suffix
+    if argument.startswith((".", "/", "~")) or suffix in (".jsonl", ".json", ".parquet", *TEXT_SUFFIXES):
+        raise UsageError(f"--dataset {escape(argument)}: no such file", hint=hint)
     if not HUB_DATASET.fullmatch(argument):
-        raise UsageError(f"--dataset {escape(argument)}: neither a file nor the id of a Hub data set")
+        raise UsageError(
+            f"--dataset {escape(argument)}: neither a file nor the id of a Hub data set", hint=hint
+        )
     return Dataset(path=argument)
 
 
@@ -114,7 +119,7 @@ def load_sequences(
 
 def is_local(plan: Calibration) -> bool:
     """True where all data are files on this machine."""
-    return all(Path(d.path).expanduser().is_file() for d in plan.datasets)
+    return all(existing(d.path) for d in plan.datasets)
 
 
 def assumed_sequences(plan: Calibration) -> Sequences:
@@ -144,7 +149,7 @@ def _shares(plan: Calibration) -> Iterator[tuple[Dataset, int]]:
 
 
 def _split_shares(dataset: Dataset, count: int) -> Iterator[tuple[str, int]]:
-    if Path(dataset.path).is_file():
+    if existing(dataset.path):
         yield "file", count
         return
     given = 0
@@ -223,16 +228,14 @@ def _rows(
     dataset: Dataset, split: str, seed: int, offline: bool, token: str | None, encode: _Encoder
 ) -> Iterator[list[int]]:
     """Token ids of the rows that are not empty, in the order in which they count."""
-    path = Path(dataset.path).expanduser()
-    if path.exists() and not path.is_file():
-        raise CheckpointError(
-            f"{escape(path)}: calibration data is a file (JSONL, Parquet, text) or a Hub data set, not a folder"
-        )
-    if path.is_file() and path.suffix in TEXT_SUFFIXES:
+    path = existing(dataset.path)
+    if path is not None:
+        require_regular_file(path)
+    if path is not None and path.suffix in TEXT_SUFFIXES:
         yield from _shuffled(_windows(path, encode), seed)
         return
     rows: Iterable[tuple[str, dict[str, Any]]]
-    if path.is_file():
+    if path is not None:
         reader: Callable[[Path], Iterator[tuple[str, dict[str, Any]]]] = (
             _parquet if path.suffix == ".parquet" else _jsonl
         )
@@ -259,6 +262,8 @@ def _windows(path: Path, encode: _Encoder) -> Iterator[list[int]]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as fault:
         raise CheckpointError(f"{escape(path)}: not UTF-8 at byte {fault.start}") from None
+    except OSError as fault:
+        raise EnvironmentFault(f"{escape(path)}: cannot be read ({fault.strerror})") from None
     ids = encode.tokenize.text(text)
     for begin in range(0, len(ids), encode.seq_len):
         yield encode.check(ids[begin : begin + encode.seq_len], escape(path))

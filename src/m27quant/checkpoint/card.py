@@ -43,8 +43,11 @@ def licence_of(folder: Path) -> dict[str, str]:
     path = folder / "README.md"
     if not path.is_file():
         return {}
-    with path.open("rb") as file:
-        text = file.read(MAX_FRONT_MATTER).decode("utf-8", "replace")
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_FRONT_MATTER).decode("utf-8", "replace")
+    except OSError:
+        return {}
     front = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     found = re.findall(
         r"^(license(?:_name|_link)?):[ \t]*([\w./:-]+)[ \t]*$", front[1] if front else "", re.M

@@ -17,6 +17,11 @@ from typing import NoReturn
 from m27quant.errors import EnvironmentFault, escape
 
 TEMPORARY = ".tmp-"
+HINTS = {
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ENOTDIR: "choose another folder",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`), or --max-shard-size",
+}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -56,7 +61,8 @@ def raise_for_os_error(fault: OSError, path: Path) -> NoReturn:
             hint="free some space and run again with --resume",
         ) from None
     raise EnvironmentFault(
-        f"{shown}: cannot be written ({fault.strerror})", hint="check the folder's permissions and mount"
+        f"{shown}: cannot be written ({fault.strerror})",
+        hint=HINTS.get(fault.errno or 0, "check the folder's permissions and mount"),
     ) from None
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from m27quant.checkpoint.durable import NO_SPACE, raise_for_os_error
+from m27quant.checkpoint.paths import existing
 from m27quant.errors import CheckpointError, EnvironmentFault, UsageError, escape
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -44,23 +47,29 @@ def locate(
 
     With `weights` false only the small files of a Hub repository are fetched.
     """
-    path = Path(model).expanduser()
-    if path.is_dir() and not model.startswith("hf://"):
+    path = None if model.startswith("hf://") else existing(model)
+    if path is not None and path.is_dir():
         if revision is not None:
             raise UsageError(
-                f"--revision {escape(revision)} is for Hub ids; {escape(model)} is a local folder"
+                f"--revision {escape(revision)} is for Hub ids; {escape(model)} is a local folder",
+                hint="leave --revision out",
             )
         return Location(path.resolve())
-    if path.exists() and not model.startswith("hf://"):
+    if path is not None:
         raise CheckpointError(
             f"{escape(model)}: a checkpoint is a folder, this is not",
             hint="name the folder that holds config.json",
         )
     repo_id, at, inline = model.removeprefix("hf://").partition("@")
     if model.startswith((".", "/", "~")) or not HUB_ID.fullmatch(repo_id):
-        raise CheckpointError(f"{escape(model)}: no such folder, and not a Hub id (org/name)")
+        raise CheckpointError(
+            f"{escape(model)}: no such folder, and not a Hub id (org/name)",
+            hint="name the folder that holds config.json, or a repository such as MiniMaxAI/MiniMax-M2.7",
+        )
     if at and revision not in (None, inline):
-        raise UsageError(f"two revisions: @{escape(inline)} and --revision {escape(revision)}")
+        raise UsageError(
+            f"two revisions: @{escape(inline)} and --revision {escape(revision)}", hint="name one of them"
+        )
     return _snapshot(repo_id, revision or inline or None, offline=offline, token=token, weights=weights)
 
 
@@ -103,7 +112,11 @@ def _snapshot(
             f"{repo_id}: no such repository on the Hub, or it is private",
             hint="check the name; `hf auth login` for private ones",
         ) from None
+    except errors.HFValidationError as fault:
+        raise CheckpointError(f"{repo_id}: not a Hub id ({escape(fault)})", hint="check the name") from None
     except (errors.HfHubHTTPError, OSError) as fault:
+        if fault.errno in (*NO_SPACE, errno.EACCES, errno.EROFS):
+            raise_for_os_error(fault, Path(fault.filename or constants.HF_HUB_CACHE))
         raise EnvironmentFault(
             f"{repo_id}: the Hub cannot be reached ({escape(type(fault).__name__)}: {escape(fault)})",
             hint=f"try again, or use --offline after `{fetch}`",
