@@ -10,6 +10,7 @@ from typing import Any
 import m27quant
 from m27quant.checkpoint import sidecars
 from m27quant.checkpoint.card import licence_of, render_card
+from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.quant_config import hf_quant_config, output_config, quantization_config
 from m27quant.checkpoint.source import INDEX
 from m27quant.checkpoint.workspace import CONFIG, REPORT
@@ -18,6 +19,8 @@ from m27quant.plan import Plan
 from m27quant.prepare import Prepared
 from m27quant.report.quantization import build_report
 
+OWN_DOCUMENTS = (CONFIG, "hf_quant_config.json", INDEX, REPORT, "README.md")
+
 
 def build_result(
     prepared: Prepared, job: Job, fingerprint: Mapping[str, Any]
@@ -25,7 +28,7 @@ def build_result(
     """(report, work file -> final shard name, small files)."""
     source, plan, units = prepared.source, prepared.plan, job.workspace.journal.all("unit")
     records = [e["record"] for e in units if "record" in e]
-    written = [f for e in units for f in e["files"] if not f["name"].startswith("hidden-")]
+    written = [f for e in units for f in e["files"] if not is_hidden(f)]
     finals = plan.shard_names()
     shards = {f["name"]: final for f, final in zip(written, finals, strict=True)}
     documents = dict(prepared.documents)
@@ -72,10 +75,20 @@ def build_result(
     return report, shards, documents
 
 
+def output_names(prepared: Prepared) -> list[str]:
+    """Every file that OUT will hold."""
+    return [*prepared.plan.shard_names(), *prepared.documents, *OWN_DOCUMENTS]
+
+
+def is_hidden(file: Mapping[str, Any]) -> bool:
+    """A file of the journal that holds hidden states, which are gone once the next layer is done."""
+    return str(file["name"]).startswith("hidden-")
+
+
 def _calibration(prepared: Prepared, job: Job) -> dict[str, Any]:
     calibration = prepared.recipe.calibration
     return {
-        "datasets": [Path(d.path).name if Path(d.path).is_file() else d.path for d in calibration.datasets],
+        "datasets": [Path(d.path).name if existing(d.path) else d.path for d in calibration.datasets],
         "num_samples": len(prepared.sequences.lengths),
         "num_tokens": prepared.sequences.num_tokens,
         "seq_len": calibration.seq_len,

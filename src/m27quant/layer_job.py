@@ -148,7 +148,6 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
             for _ in next_rows:
                 pass
     count_tokens(routed, job.chunks, job.dropped, ranges, full=full)
-    job.source.recheck_all()
     record |= _record(ranges, stats)
     entry: dict[str, Any] = {"files": [f.to_json() for f in written], "record": record}
     return entry | ({"hidden": saved.to_json()} if saved else {})

@@ -22,11 +22,12 @@ import torch
 from m27quant.calib.activations import plan_chunks
 from m27quant.calib.layerwise import Dropped
 from m27quant.calib.memory import plan_memory, rss_bytes
+from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.workspace import REPORT, Workspace, check_same
 from m27quant.errors import CheckpointError, escape
-from m27quant.finish import build_result
+from m27quant.finish import build_result, is_hidden, output_names
 from m27quant.layer_job import Job, run_embed, run_head, run_layer
-from m27quant.plan import HEAD, Unit, check_disk, disk_needed
+from m27quant.plan import HEAD, Unit, check_disk, check_paths, disk_needed
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.runlog import RunLog
@@ -74,9 +75,12 @@ def quantize_checkpoint(
     options = replace(options or Options(), **changes)
     started = time.monotonic()
     out = Path(out)
+    workspace = Workspace(out)
+    if (folder := existing(model)) is not None:
+        check_paths(folder, out)
+    workspace.check(resume=options.resume, overwrite=options.overwrite)  # before anything long
     prepared = prepare(model, out, options, say)
     with prepared.source:
-        workspace = Workspace(out)
         fingerprint = prepared.fingerprint(options)
         if options.resume and workspace.is_complete():
             return _already_complete(workspace, fingerprint, started)
@@ -84,6 +88,7 @@ def quantize_checkpoint(
             fingerprint, resume=options.resume, overwrite=options.overwrite, force_unlock=options.force_unlock
         )
         try:
+            workspace.refuse_collisions(output_names(prepared))
             with torch.inference_mode(), RunLog(workspace.private / "run.log") as run_log:
                 report = _run(prepared, options, workspace, fingerprint, progress, stop, run_log)
         except BaseException:
@@ -115,7 +120,9 @@ def _run(
     if workspace.journal.find("commit") is None:
         _check_done_units(workspace)
         done = workspace.journal.all("unit")
-        left = prepared.plan.shard_bytes - sum(f["size"] for e in done for f in e["files"])
+        left = prepared.plan.shard_bytes - sum(
+            f["size"] for e in done for f in e["files"] if not is_hidden(f)
+        )
         check_disk(
             workspace.out,
             disk_needed(
@@ -179,7 +186,7 @@ def _check_done_units(workspace: Workspace) -> None:
     entries = workspace.journal.all("unit")
     needed = _newest_with_hidden(entries)  # older hidden states are gone on purpose
     for entry in entries:
-        files = [f for f in entry["files"] if entry is needed or not f["name"].startswith("hidden-")]
+        files = [f for f in entry["files"] if entry is needed or not is_hidden(f)]
         if not workspace.intact({"files": files}):
             raise CheckpointError(
                 f"{escape(workspace.out)}: files of step '{entry['name']}' are missing or damaged",
@@ -201,6 +208,7 @@ def _run_unit(job: Job, unit: Unit) -> None:
         entry = run_layer(job, unit, job.work / hidden, last=last)
     else:
         entry = run_head(job, unit) if unit.name == HEAD else run_embed(job, unit)
+    job.source.recheck_all()  # what was read must be what was checked
     if "hidden" in entry:
         entry["files"] = [*entry["files"], entry["hidden"]]
     job.workspace.journal.append("unit", name=unit.name, dropped=sorted(job.dropped.sequences), **entry)
@@ -210,9 +218,8 @@ def _run_unit(job: Job, unit: Unit) -> None:
 
 def _already_complete(workspace: Workspace, fingerprint: Mapping[str, Any], started: float) -> QuantizeResult:
     """`resume` on a finished output: check that it is the one that was asked for."""
-    check_same(workspace.finished_fingerprint() or {}, json.loads(json.dumps(fingerprint)))
-    if workspace.private.exists():
-        workspace.discard_leftovers()
+    check_same(workspace.finished_fingerprint(), json.loads(json.dumps(fingerprint)))
+    workspace.discard_leftovers()
     report = json.loads((workspace.out / REPORT).read_bytes())
     elapsed = time.monotonic() - started
     return QuantizeResult(

@@ -48,6 +48,8 @@ class Workspace:
         self._lock = OutputLock(self.private)
         self._made: list[Path] = []
         """Folders that this run made, outermost first."""
+        self._mine = False
+        """The journal is this run's: begun by it, or by an earlier one with the same inputs."""
 
     # -- opening --------------------------------------------------------------------------------
 
@@ -171,10 +173,11 @@ class Workspace:
 
     def _check_fingerprint(self, fingerprint: dict[str, Any]) -> None:
         begun = self.journal.find("begin")
+        if begun is not None:
+            check_same(begun["fingerprint"], fingerprint)
+        self._mine = True
         if begun is None:
             self.journal.append("begin", fingerprint=fingerprint)
-            return
-        check_same(begun["fingerprint"], fingerprint)
 
     def _sweep(self) -> None:
         """Remove what no journal line vouches for."""
@@ -193,10 +196,9 @@ class Workspace:
 
     def refuse_collisions(self, names: Iterable[str]) -> None:
         """Raise `OutputError` where OUT holds a file of one of `names` that is not ours to replace."""
-        ours = self._replaceable()
-        strange = [
-            n for n in names if n not in ours and ((self.out / n).exists() or (self.out / n).is_symlink())
-        ]
+        ours = self._replaceable(self.journal)
+        there = (n for n in names if (self.out / n).exists() or (self.out / n).is_symlink())
+        strange = sorted(n for n in there if n not in ours)
         if strange:
             raise OutputError(
                 f"{escape(self.out)}: holds files that m27quant did not make and would replace: "
@@ -204,9 +206,9 @@ class Workspace:
                 hint="move them away, then run again",
             )
 
-    def _replaceable(self) -> set[str]:
-        """Files of the checkpoint that is overwritten and of a commit that has begun."""
-        committed = self.journal.find("commit") or {}
+    def _replaceable(self, journal: Journal) -> set[str]:
+        """Files of the checkpoint that is overwritten, and of a commit that has begun."""
+        committed = journal.find("commit") or {}
         return {*_file_names((self._report() or {}).get("files")), *_file_names(committed.get("names"))}
 
     # -- the end --------------------------------------------------------------------------------
@@ -218,6 +220,7 @@ class Workspace:
 
         Raises:
             OutputError: OUT holds files of these names that are not ours.
+            CheckpointError: called again, and a shard is missing or damaged.
             EnvironmentFault: not writable, no space.
         """
         names = sorted({*shards.values(), *documents})
@@ -225,25 +228,38 @@ class Workspace:
         try:
             if self.journal.find("commit") is None:
                 self.journal.append("commit", names=names)
-            if not self._has_landed(documents):
+            else:
+                self._check_shards(shards)
+            if not self._has_landed():
                 self._land(shards, documents)
             self._clean_up()
         except OSError as fault:
             raise_for_os_error(fault, self.out)
 
-    def _has_landed(self, documents: Mapping[str, bytes]) -> bool:
+    def _check_shards(self, shards: Mapping[str, str]) -> None:
+        """After a crash in a commit: every shard is intact, be it moved already or not."""
+        recorded = {f["name"]: f for entry in self.journal.all("unit") for f in entry["files"]}
+        for work_name, final in shards.items():
+            waiting = self.work / work_name
+            if not is_intact(waiting if waiting.exists() else self.out / final, recorded[work_name]):
+                raise CheckpointError(
+                    f"{escape(self.out / final)}: missing or damaged since it was written",
+                    hint="the disk may be failing; start again with --overwrite",
+                )
+
+    def _has_landed(self) -> bool:
         """A commit that was cut short after the index had landed needs only the cleaning up."""
-        path = self.out / REPORT
-        return self._has_last() and path.is_file() and path.read_bytes() == documents[REPORT]
+        return self._has_last() and not any(self.work.glob("*.safetensors"))
 
     def _land(self, shards: Mapping[str, str], documents: Mapping[str, bytes]) -> None:
         fault_point("commit-begin")
         self._staged.mkdir(exist_ok=True)
         for name, data in documents.items():
             write_durably(self._staged / name, data)
+        stale = self._replaceable(self.journal) - {*shards.values(), *documents}
         self._remove_last()  # an older checkpoint stops being one before its shards go
         fault_point("commit-unlinked")
-        for name in self._replaceable() - {*shards.values(), *documents}:
+        for name in sorted(stale):
             (self.out / name).unlink(missing_ok=True)
         for work_name, final in shards.items():
             if (self.work / work_name).exists():
@@ -269,12 +285,11 @@ class Workspace:
         """Remove what a run left that was killed after its checkpoint was finished."""
         if not self.private.is_dir() or {p.name for p in self.private.iterdir()} <= {"run.log"}:
             return
-        self._lock.acquire(force=True)
-        try:
+        with suppress(OSError):  # they do no harm
+            self._lock.acquire(force=True)
             if self.is_complete():  # nobody has begun to overwrite it
                 self._remove_leftovers()
-        finally:
-            self._lock.release(forget=not self.is_unfinished())
+            self.close()
 
     def _remove_leftovers(self) -> None:
         for path in self.private.iterdir():
@@ -283,24 +298,16 @@ class Workspace:
 
     def _discard(self) -> None:
         """Forget an older run, and what it may have moved to OUT in a commit that it did not finish."""
-        with suppress(CheckpointError):  # a damaged journal vouches for nothing
-            self.journal = Journal(self.private / "journal.jsonl")
-            committed = self.journal.find("commit")
-            self.journal.close()
-            if committed is not None and not self._is_whole():
-                self._remove_last()
-                for name in sorted(self._replaceable(), key=lambda n: n == REPORT):  # the list goes last
-                    (self.out / name).unlink(missing_ok=True)
+        if self.is_unfinished():
+            with suppress(CheckpointError):  # a damaged journal vouches for nothing
+                journal = Journal(self.private / "journal.jsonl")
+                journal.close()
+                if journal.find("commit") is not None and not self._has_landed():
+                    theirs = self._replaceable(journal)
+                    self._remove_last()
+                    for name in sorted(theirs, key=lambda n: n == REPORT):  # the list itself goes last
+                        (self.out / name).unlink(missing_ok=True)
         self._discard_work()
-
-    def _is_whole(self) -> bool:
-        """The commit that the journal tells of has landed, all but the cleaning up."""
-        begun = self.journal.find("begin") or {}
-        return (
-            self._has_last()
-            and self.finished_fingerprint() == begun.get("fingerprint")
-            and not any(self.work.glob("*.safetensors"))
-        )
 
     def _discard_work(self) -> None:
         (self.private / "journal.jsonl").unlink(missing_ok=True)
@@ -309,18 +316,15 @@ class Workspace:
 
     def abandon(self) -> None:
         """Close; a run that has nothing worth resuming is forgotten, and the folder left as it was found."""
-        if not self._lock.is_held:
-            self._remove_made()
-            return
+        made = self._lock.is_held and self.private in self._made
         worthless = not hasattr(self, "journal") or self.journal.find("unit") is None
-        if worthless and (hasattr(self, "journal") or self.private in self._made):
+        if worthless and (made or self._mine):
             with suppress(OSError):
                 self._discard_work()
-                if self.private in self._made:
+                if made:
                     shutil.rmtree(self.private)
-            self.close()
-            self._remove_made()
         self.close()
+        self._remove_made()
 
     def _remove_made(self) -> None:
         for folder in reversed(self._made):
@@ -332,6 +336,7 @@ class Workspace:
         if hasattr(self, "journal"):
             self.journal.close()
             del self.journal
+            self._mine = False
         if self._lock.is_held:
             self._lock.release(forget=not self.is_unfinished())
 
