@@ -27,7 +27,7 @@ HOSTILE_NAMES = {
     "surrogate": "model.\ud800.weight",
 }
 
-Change = Callable[[Path], None]
+Change = Callable[[Path], object]
 
 
 # -- tools -----------------------------------------------------------------------------------------
@@ -100,6 +100,23 @@ def drop_tensor(folder: Path, name: str) -> None:
             entry["data_offsets"] = [n - (end - begin) for n in entry["data_offsets"]]
     join_shard(path, header, buffer[:begin] + buffer[end:])
     edit_json(folder / INDEX, lambda index: index["weight_map"].pop(name))
+
+
+def put(name: str, data: bytes) -> Change:
+    """The file `name` holds `data`."""
+    return lambda folder: (folder / name).write_bytes(data)
+
+
+def remove(name: str) -> Change:
+    return lambda folder: (folder / name).unlink()
+
+
+def becomes_folder(name: str) -> Change:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return change
 
 
 def entry_of_first(header: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +218,7 @@ def same_tensor_twice(folder: Path) -> None:
     join_shard(path, other, buffer + b"\x7f" * size)
 
 
-def shard_becomes(make: Callable[[Path], None]) -> Change:
+def shard_becomes(make: Callable[[Path], object]) -> Change:
     """The first shard is replaced by what `make` creates at its path."""
 
     def change(folder: Path) -> None:
@@ -226,15 +243,13 @@ def missing_shard(folder: Path) -> None:
     shards(folder)[1].unlink()
 
 
-def without_index(folder: Path) -> None:
-    (folder / INDEX).unlink()
+def without_weights(folder: Path) -> None:
+    for path in (*shards(folder), folder / INDEX):
+        path.unlink()
 
 
 def index_text(text: bytes) -> Change:
-    def change(folder: Path) -> None:
-        (folder / INDEX).write_bytes(text)
-
-    return change
+    return put(INDEX, text)
 
 
 def weight_map(value: Any) -> Change:
@@ -287,10 +302,7 @@ def single_and_index(folder: Path) -> None:
 
 
 def config_bytes(data: bytes) -> Change:
-    def change(folder: Path) -> None:
-        (folder / "config.json").write_bytes(data)
-
-    return change
+    return put("config.json", data)
 
 
 def config(**fields: Any) -> Change:

@@ -34,12 +34,12 @@ CORRUPT: dict[str, tuple[c.Change, tuple[str, ...]]] = {
     "header with NaN": (c.header_text(b'{"a": NaN}'), (FIRST, "NaN is not JSON")),
     "header of no bytes": (c.header_length(0), (FIRST, "header: not valid JSON")),
     "git-lfs pointer": (
-        c.shard_becomes(lambda p: p.write_bytes(c.LFS_POINTER) and None),
+        c.shard_becomes(lambda p: p.write_bytes(c.LFS_POINTER)),
         (FIRST, "git-lfs pointer"),
     ),
-    "pickle": (c.shard_becomes(lambda p: p.write_bytes(b"\x80\x02}q\x00." * 9) and None), (FIRST, "pickle")),
+    "pickle": (c.shard_becomes(lambda p: p.write_bytes(b"\x80\x02}q\x00." * 9)), (FIRST, "pickle")),
     "zipped pickle": (
-        c.shard_becomes(lambda p: p.write_bytes(b"PK\x03\x04" * 9) and None),
+        c.shard_becomes(lambda p: p.write_bytes(b"PK\x03\x04" * 9)),
         (FIRST, "pickle"),
     ),
     # entries that lie
@@ -74,10 +74,10 @@ CORRUPT: dict[str, tuple[c.Change, tuple[str, ...]]] = {
     "dangling link": (c.shard_becomes(lambda p: p.symlink_to(p.with_name("gone"))), (FIRST, "missing")),
     # the index
     "shard missing": (c.missing_shard, (SECOND, "1 of the index's 3 shards are missing")),
-    "no index": (c.without_index, ("3 shards but no model.safetensors.index.json",)),
+    "no index": (c.remove(c.INDEX), ("3 shards but no model.safetensors.index.json",)),
     "only pickles": (c.pickled_only, ("pytorch_model.bin", "never loaded")),
     "no weights at all": (
-        lambda f: [p.unlink() for p in (*c.shards(f), f / c.INDEX)] and None,
+        c.without_weights,
         ("no weights",),
     ),
     "index names an absent tensor": (c.index_names_absent("model.ghost"), ("'model.ghost'", FIRST)),
@@ -105,10 +105,10 @@ CORRUPT: dict[str, tuple[c.Change, tuple[str, ...]]] = {
     "index of 1 GB": (c.huge_index, (c.INDEX, "1,000,000,000 bytes")),
     "index 100k deep": (c.index_text(b"[" * 100_000), (c.INDEX, "nested too deeply")),
     "index a git-lfs pointer": (c.index_text(c.LFS_POINTER), (c.INDEX, "git-lfs pointer")),
-    "index a folder": (lambda f: ((f / c.INDEX).unlink(), (f / c.INDEX).mkdir()) and None, (c.INDEX,)),
+    "index a folder": (c.becomes_folder(c.INDEX), (c.INDEX,)),
     "single file and index": (c.single_and_index, ("both model.safetensors and an index",)),
     # config.json
-    "config missing": (lambda f: (f / "config.json").unlink(), ("config.json: no such file",)),
+    "config missing": (c.remove("config.json"), ("config.json: no such file",)),
     "config not JSON": (c.config_bytes(b'{\n "a": 1,\n}'), ("config.json", "line 3, column 1")),
     "config with NaN": (c.config_bytes(b'{"rms_norm_eps": NaN}'), ("config.json: NaN is not JSON",)),
     "config with an infinite number": (
@@ -127,7 +127,7 @@ CORRUPT: dict[str, tuple[c.Change, tuple[str, ...]]] = {
     ),
     "config a git-lfs pointer": (c.config_bytes(c.LFS_POINTER), ("config.json: a git-lfs pointer",)),
     "config a folder": (
-        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()) and None,
+        c.becomes_folder("config.json"),
         ("config.json: not a regular file",),
     ),
     "another model": (c.config(model_type="llama"), ("model_type is 'llama'", "minimax_m2")),
@@ -174,24 +174,24 @@ CORRUPT: dict[str, tuple[c.Change, tuple[str, ...]]] = {
     ),
     # what lies beside the weights
     "tokenizer not JSON": (
-        lambda f: (f / "tokenizer.json").write_text("{") and None,
+        c.put("tokenizer.json", b"{"),
         ("tokenizer.json: not valid JSON",),
     ),
-    "tokenizer a list": (lambda f: (f / "tokenizer.json").write_text("[]") and None, ("tokenizer.json",)),
+    "tokenizer a list": (c.put("tokenizer.json", b"[]"), ("tokenizer.json",)),
     "tokens no list": (
-        lambda f: (f / "tokenizer.json").write_text('{"added_tokens": 7}') and None,
+        c.put("tokenizer.json", b'{"added_tokens": 7}'),
         ("tokenizer.json", "added_tokens"),
     ),
     "tokenizer a git-lfs pointer": (
-        lambda f: (f / "tokenizer.json").write_bytes(c.LFS_POINTER) and None,
+        c.put("tokenizer.json", c.LFS_POINTER),
         ("tokenizer.json: a git-lfs pointer",),
     ),
     "tokenizer config a list": (
-        lambda f: (f / "tokenizer_config.json").write_text("[]") and None,
+        c.put("tokenizer_config.json", b"[]"),
         ("tokenizer_config.json: expected a JSON object",),
     ),
     "generation config broken": (
-        lambda f: (f / "generation_config.json").write_text("{") and None,
+        c.put("generation_config.json", b"{"),
         ("generation_config.json: not valid JSON",),
     ),
     "chat template a fifo": (
