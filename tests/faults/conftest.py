@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 
 from m27quant.cli.app import main
 from tests.checkpoints import Shape, write_checkpoint, write_rows
+from tests.faults.harness import Program, Tree, tree
 
 SMALL = Shape(
     hidden_size=48,
@@ -83,3 +87,60 @@ def quantize(rows: Path, capfd: pytest.CaptureFixture[str]) -> Quantize:
         )
 
     return run
+
+
+# -- runs that may be killed -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One quantization: what it reads, what it must give, and the fault points that it passes."""
+
+    model: Path
+    rows: Path
+    undisturbed: Tree
+    passed: tuple[str, ...]
+    """Fault points in the order in which they are passed."""
+
+    def argv(self, out: Path, *options: str) -> tuple[str, ...]:
+        return ("quantize", str(self.model), str(out), "--dataset", str(self.rows), "--no-progress", *options)
+
+
+@pytest.fixture(scope="session")
+def program(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """The program as a process."""
+    folder = tmp_path_factory.mktemp("runs")
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)  # tests of permissions run as somebody else
+    program = Program(repository, folder)
+    yield program
+    program.close()
+
+
+@pytest.fixture(scope="session")
+def case(good: Path, rows: Path, program: Program, fast_folder: Path) -> Case:
+    """The small checkpoint, undisturbed."""
+    log = fast_folder / "passed"
+    case = Case(good, rows, {}, ())
+    env = {"M27QUANT_FAULT": "none", "M27QUANT_FAULT_LOG": str(log)}
+    ended = program.run(*case.argv(fast_folder / "undisturbed"), env=env)
+    assert ended.code == 0, ended.err
+    passed = tuple(log.read_text().split())
+    return dataclasses.replace(case, undisturbed=tree(fast_folder / "undisturbed"), passed=passed)
+
+
+@pytest.fixture(scope="session")
+def fast_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder in memory, where there is one: many thousand fsyncs are waited for in these tests."""
+    shared = Path("/dev/shm")
+    parent = shared if shared.is_dir() and os.access(shared, os.W_OK) else tmp_path_factory.mktemp("fast")
+    folder = Path(tempfile.mkdtemp(prefix="m27quant-", dir=parent))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def out(fast_folder: Path) -> Iterator[Path]:
+    """An OUT that does not exist yet."""
+    with tempfile.TemporaryDirectory(dir=fast_folder) as folder:
+        yield Path(folder) / "out"

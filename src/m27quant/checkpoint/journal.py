@@ -43,14 +43,14 @@ class Journal:
         try:
             fault_point("journal-before")
             half = len(line) // 2
-            os.write(self._fd, line[:half])
+            _write_all(self._fd, line[:half])
             fault_point("journal-torn")
-            os.write(self._fd, line[half:])
+            _write_all(self._fd, line[half:])
             os.fsync(self._fd)
             fault_point("journal-after")
         except OSError as fault:
             raise_for_os_error(fault, self.path)
-        self.entries.append(body)
+        self.entries.append(json.loads(text))  # as a resumed run reads it, down to the order of keys
 
     def find(self, step: str, **fields: Any) -> dict[str, Any] | None:
         """The first entry of `step` whose fields have these values."""
@@ -66,6 +66,12 @@ class Journal:
     def close(self) -> None:
         """Close the file; what was appended is durable already."""
         os.close(self._fd)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`: on a nearly full disk the system may take a part and say so only by the count."""
+    while data:
+        data = data[os.write(fd, data) :]
 
 
 def _parse(path: Path, data: bytes) -> tuple[list[dict[str, Any]], int]:

@@ -1,0 +1,127 @@
+"""The program, run many times without being started many times: imports once, forks for every run.
+
+Run as `python -m tests.faults.warm`; reads one JSON request per line, answers one JSON line each:
+{"argv": [...], ...} starts a run and answers {"pid": ...}; {"wait": PID} answers {"code": ...}.
+One thread only, here and in the runs: a fork keeps no other.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+
+import m27quant.cli.app
+import m27quant.layer_job
+import m27quant.quantize
+
+
+def set_attribute(path: str, value: Any) -> None:
+    """Set `package.module.name` to a value."""
+    module, _, name = path.rpartition(".")
+    setattr(importlib.import_module(module), name, value)
+
+
+def without_disk_check() -> None:
+    """Begin whatever the disk has."""
+    set_attribute("m27quant.quantize.check_disk", lambda out, needed: None)
+
+
+def with_process_id(pid: int) -> None:
+    """In a container every run has the same one."""
+    set_attribute("os.getpid", lambda: pid)
+
+
+def slowly(seconds: float) -> None:
+    """Sleep at every step of progress."""
+    send = m27quant.layer_job._Reporter._send
+
+    def slow(self: Any, *args: Any, **kwargs: Any) -> None:
+        time.sleep(seconds)
+        send(self, *args, **kwargs)
+
+    m27quant.layer_job._Reporter._send = slow  # type: ignore[method-assign]
+
+
+def deaf() -> None:
+    """Never notice that a signal has come."""
+    graceful = m27quant.cli.quantize.graceful
+
+    def handlers_only(*args: Any) -> Any:
+        context = graceful(*args)
+        enter = context.__enter__
+        context.__enter__ = lambda: enter() and None  # type: ignore[method-assign]
+        return context
+
+    set_attribute("m27quant.cli.quantize.graceful", handlers_only)
+    set_attribute("m27quant.quantize.Job", lambda **fields: Job(**fields | {"stop": lambda: None}))
+
+
+Job = m27quant.layer_job.Job
+
+
+def limit(name: str, value: int) -> None:
+    """Set a resource limit of this process."""
+    resource.setrlimit(getattr(resource, name), (value, resource.RLIM_INFINITY))
+
+
+def as_user(uid: int) -> None:
+    """Give up root."""
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+
+
+SETUPS: dict[str, Callable[..., None]] = {
+    f.__name__: f for f in (set_attribute, without_disk_check, with_process_id, slowly, deaf, limit, as_user)
+}
+
+
+def child(request: dict[str, Any]) -> NoReturn:
+    """Become one run of the program."""
+    code = 70
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666), fd)
+        os.umask(request["umask"])
+        for key, value in request["env"].items():
+            os.environ.pop(key, None) if value is None else os.environ.update({key: value})
+        for name, *arguments in request["setup"]:
+            SETUPS[name](*arguments)
+        os.chdir(request["cwd"])
+        sys.argv = ["m27quant", *request["argv"]]
+        code = m27quant.cli.app.main()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def serve() -> None:
+    """Answer requests until nobody asks."""
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            answer = {"code": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
+        else:
+            pid = os.fork()
+            if pid == 0:
+                child(request)
+            answer = {"pid": pid}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()
