@@ -8,9 +8,9 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """torch works on one thread during each test of a folder whose conftest imports this."""
+    """torch works on one thread in a folder whose conftest imports this."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

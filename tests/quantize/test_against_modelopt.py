@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from m27quant import quantize_checkpoint
 from m27quant.recipes import load_recipe
-from tests.checkpoints import Shape, random_tensors, read_tensors, stored, write_checkpoint, write_rows
+from tests.checkpoints import random_tensors, read_tensors, stored, write_checkpoint
 from tests.oracles import modelopt_model as oracle
+from tests.quantize.models import SHAPES, Model, named_model, quantized, random_model, same_bytes
 from tests.tolerance import AMAX_BF16_STEPS, bf16_steps
 
 # modelopt says that it was not tested with this transformers; torch and it deprecate things of each other.
@@ -29,76 +28,22 @@ RECIPE = "nvfp4_experts_only-fp8_kv"
 MAXIMUM = {"input_scale": 2688.0, "k_scale": 448.0, "v_scale": 448.0}
 """amax = scale * maximum."""
 
-SHAPES = {
-    "gqa1": Shape(num_attention_heads=2, num_key_value_heads=2, num_local_experts=3),
-    "gqa2": Shape(
-        hidden_size=208,
-        intermediate_size=112,
-        head_dim=24,
-        rotary_dim=10,
-        num_local_experts=8,
-        num_experts_per_tok=3,
-    ),
-    "gqa4": Shape(
-        hidden_size=272, intermediate_size=304, num_key_value_heads=1, rotary_dim=24, num_local_experts=5
-    ),
-}
-"""No side is a multiple of 128; some FP8 blocks at the edges are 16 wide."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A source on disk, its content, and rows of tokens for it."""
-
-    folder: Path
-    raw_config: dict[str, Any]
-    tensors: dict[str, torch.Tensor]
-    rows: list[list[int]]
-
-    def rows_file(self, folder: Path) -> Path:
-        path = folder / "rows.jsonl"
-        path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in self.rows))
-        return path
-
-
-def random_model(folder: Path, shape: Shape, *, seed: int = 0, rows: int = 7, longest: int = 61) -> Model:
-    tensors = stored(random_tensors(shape, seed))
-    source = write_checkpoint(folder / "fp8", shape, tensors=tensors)
-    file = write_rows(folder / "all-rows.jsonl", rows=rows, longest=longest, seed=seed)
-    ids = [json.loads(line)["input_ids"] for line in file.read_text().splitlines()]
-    return Model(source, shape.config(), tensors, ids)
-
-
-def tiny_model(repository: Path) -> Model:
-    """The trained model with some of the text that it was not trained on."""
-    from tokenizers import Tokenizer
-
-    folder = repository / "examples/tiny-m27"
-    text = (folder / "heldout.txt").read_text()
-    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text[:12_000]).ids
-    rows = [ids[i * 64 : i * 64 + 64 - 5 * (i % 3)] for i in range(8)]
-    raw = json.loads((folder / "config.json").read_text())
-    return Model(folder, raw, read_tensors(folder), rows)
-
 
 @pytest.fixture(params=[*SHAPES, "tiny-m27"])
 def model(request: pytest.FixtureRequest, repository: Path, tmp_path: Path) -> Model:
-    name: str = request.param
-    return tiny_model(repository) if name == "tiny-m27" else random_model(tmp_path, SHAPES[name])
+    return named_model(request.param, repository, tmp_path)
 
 
-def ours(model: Model, out: Path, source: Path | None = None, moe_calib: Any = "full") -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rows = model.rows_file(out.parent)
-    quantize_checkpoint(
-        str(source or model.folder), out, recipe=RECIPE, dataset=[str(rows)], num_samples=len(model.rows), device="cpu",
-        moe_calib=moe_calib,
-    )  # fmt: skip
-    return out
-
-
-def modelopts(model: Model, out: Path, batches: Sequence[oracle.Batch], ratio: float | None = 1.0) -> Path:
-    section = load_recipe(RECIPE).modelopt()["quantize"]
+def modelopts(
+    model: Model,
+    out: Path,
+    batches: Sequence[oracle.Batch],
+    *,
+    ratio: float | None = 1.0,
+    recipe: str = RECIPE,
+) -> Path:
+    """OUT as modelopt writes it, with our recipe's own section; `ratio` replaces its share of experts."""
+    section = load_recipe(recipe).modelopt()["quantize"]
     assert section["algorithm"]["moe_calib_experts_ratio"] == 1.0
     section["algorithm"]["moe_calib_experts_ratio"] = ratio
     network = oracle.build(model.raw_config, model.tensors)
@@ -109,19 +54,12 @@ def leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that numpy takes, whatever its type."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
 def assert_bytes_equal(theirs: dict[str, torch.Tensor], mine: dict[str, torch.Tensor]) -> int:
     """Everything but ranges of activations is the same, to the byte; returns how many tensors that are."""
     assert set(theirs) == set(mine)
     exact = [name for name in theirs if leaf(name) not in MAXIMUM]
     for name in exact:
-        assert theirs[name].dtype == mine[name].dtype, name
-        assert theirs[name].shape == mine[name].shape, name
-        assert torch.equal(raw(theirs[name]), raw(mine[name])), name
+        assert same_bytes(theirs[name], mine[name]), name
     return len(exact)
 
 
@@ -145,7 +83,7 @@ def assert_shared_within_experts(tensors: dict[str, torch.Tensor]) -> None:
 
 def test_every_tensor_is_modelopts(model: Model, tmp_path: Path, record_property: Any) -> None:
     theirs = read_tensors(modelopts(model, tmp_path / "modelopt", oracle.unpadded(model.rows)))
-    mine = read_tensors(ours(model, tmp_path / "ours"))
+    mine = read_tensors(quantized(model, tmp_path / "ours"))
     experts = model.raw_config["num_local_experts"] * model.raw_config["num_hidden_layers"]
     assert assert_bytes_equal(theirs, mine) > 9 * experts
     found = steps(theirs, mine)
@@ -184,10 +122,25 @@ def test_the_bf16_copy_gives_the_same_tensors_as_the_fp8_source(tmp_path: Path) 
     shape = SHAPES["gqa2"]
     model = random_model(tmp_path, shape)
     copy = write_checkpoint(tmp_path / "bf16", shape, fp8=False, tensors=oracle.bf16_copy(model.tensors))
-    from_fp8 = read_tensors(ours(model, tmp_path / "a" / "out"))
-    from_bf16 = read_tensors(ours(model, tmp_path / "b" / "out", source=copy))
+    from_fp8 = read_tensors(quantized(model, tmp_path / "a" / "out"))
+    from_bf16 = read_tensors(quantized(model, tmp_path / "b" / "out", source=copy))
     assert assert_bytes_equal(from_fp8, from_bf16)
     assert set(steps(from_fp8, from_bf16).values()) == {0}
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4_experts_only-fp8_kv_cast", "nvfp4_experts_only"])
+def test_the_other_recipes_are_modelopts_too(recipe: str, tmp_path: Path) -> None:
+    """No scales of the KV cache in either; a cache that the configuration calls FP8 in the first."""
+    model = random_model(tmp_path, SHAPES["gqa1"], seed=3)
+    batches = oracle.unpadded(model.rows)
+    theirs = read_tensors(modelopts(model, tmp_path / "modelopt", batches, recipe=recipe))
+    mine = read_tensors(quantized(model, tmp_path / "ours", recipe=recipe))
+    assert_bytes_equal(theirs, mine)
+    assert max(steps(theirs, mine).values()) <= AMAX_BF16_STEPS
+    assert not [name for name in mine if leaf(name) in ("k_scale", "v_scale")]
+    assert_same_configs(tmp_path / "modelopt", tmp_path / "ours")
+    section = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
+    assert ("kv_cache_scheme" in section) == recipe.endswith("cast")
 
 
 @pytest.mark.parametrize("name", ["gqa2", "gqa4"])
@@ -195,14 +148,14 @@ def test_natural_coverage_is_modelopt_without_a_ratio(name: str, tmp_path: Path)
     """Routed tokens only, then one range per projection for all experts of a layer."""
     model = random_model(tmp_path, SHAPES[name], seed=1)
     theirs = read_tensors(modelopts(model, tmp_path / "modelopt", oracle.unpadded(model.rows), ratio=None))
-    mine = read_tensors(ours(model, tmp_path / "ours", moe_calib="natural"))
+    mine = read_tensors(quantized(model, tmp_path / "ours", moe_calib="natural"))
     assert_bytes_equal(theirs, mine)
     assert max(steps(theirs, mine).values()) <= AMAX_BF16_STEPS
     for layer in range(2):
         prefix = f"model.layers.{layer}.block_sparse_moe.experts."
         shared = {float(v) for n, v in mine.items() if n.startswith(prefix) and n.endswith(".w2.input_scale")}
         assert len(shared) == 1
-    full = read_tensors(ours(model, tmp_path / "full"))
+    full = read_tensors(quantized(model, tmp_path / "full"))
     assert any(s > AMAX_BF16_STEPS for s in steps(mine, full).values()), "the two modes are told apart"
 
 
@@ -221,17 +174,14 @@ def test_padding_counts_for_modelopt_and_never_here(tmp_path: Path) -> None:
     rows = [[max(t, 1) for t in row] for row in model.rows]
     model = Model(model.folder, model.raw_config, stored(tensors), rows)
     write_checkpoint(model.folder, shape, tensors=model.tensors)
-    mine = read_tensors(ours(model, tmp_path / "ours"))
+    mine = read_tensors(quantized(model, tmp_path / "ours"))
 
     (padded,) = oracle.left_padded(rows, pad)
     assert padded.attention_mask is not None
     file = tmp_path / "padded.jsonl"
     pairs = zip(padded.input_ids.tolist(), padded.attention_mask.tolist(), strict=True)
     file.write_text("".join(json.dumps({"input_ids": i, "attention_mask": m}) + "\n" for i, m in pairs))
-    quantize_checkpoint(
-        str(model.folder), tmp_path / "again", dataset=[str(file)], num_samples=len(rows), device="cpu"
-    )
-    again = read_tensors(tmp_path / "again")
+    again = read_tensors(quantized(model, tmp_path / "again", dataset=[str(file)]))
     assert_bytes_equal(mine, again)
     assert set(steps(mine, again).values()) == {0}
 
