@@ -45,11 +45,7 @@ def build_result(
         version=m27quant.__version__,
         fingerprint=fingerprint,
         source={"name": base_model, "repo_id": location.repo_id, "commit": location.commit},
-        recipe={
-            "name": prepared.recipe.name,
-            "kv_cache": plan.resolved.kv_cache,
-            **prepared.recipe.canonical(),
-        },
+        recipe=_recipe(prepared),
         calibration=_calibration(prepared, job),
         records=records,
         shards={
@@ -83,6 +79,18 @@ def output_names(prepared: Prepared) -> list[str]:
 def is_hidden(file: Mapping[str, Any]) -> bool:
     """A file of the journal that holds hidden states, which are gone once the next layer is done."""
     return str(file["name"]).startswith("hidden-")
+
+
+def _recipe(prepared: Prepared) -> dict[str, Any]:
+    canonical = prepared.recipe.canonical()
+    for dataset in canonical["calibration"]["datasets"]:
+        dataset["path"] = _shown(dataset["path"])
+    return {"name": prepared.recipe.name, "kv_cache": prepared.plan.resolved.kv_cache, **canonical}
+
+
+def _shown(dataset: str) -> str:
+    """A Hub data set by its id, a local file by its name: where it lay is nobody's business."""
+    return Path(dataset).name if Path(dataset).is_file() else dataset
 
 
 def _calibration(prepared: Prepared, job: Job) -> dict[str, Any]:
