@@ -172,6 +172,23 @@ def test_a_product_that_underflows_to_zero_has_no_sign(backend: str) -> None:
     assert (nibbles(packed), scale_byte(packed)) == ([0] * 16, [0x38])
 
 
+def test_a_quotient_that_underflows_to_zero_has_no_sign(backend: str) -> None:
+    """y = x / d rounds to 0 up to 2**-150, a tie, and to the smallest F32 above it."""
+    x = bf16([6 * 2.0**18, -(2.0**-132), -3 * 2.0**-133, -(2.0**-131)] + [0.0] * 12)
+    amax = torch.tensor(2688.0 * 2**10)  # weight_scale_2 = 2**10, scale 2**8, d = 2**18
+    packed = nvfp4_pack.pack(x, amax=amax)
+    assert nibbles(packed)[:4] == [7, 0, 8, 8]
+    assert_same_bytes(packed, packing.modelopt_pack(x, amax))
+
+    # 448, -2**-5, -1.125 * 2**-5, -1.875 * 2**-6 under a scale at its floor 2**-9: d = 2**91
+    weight = torch.tensor([[0x7E, 0x90, 0x91, 0x8F] * 4], dtype=torch.uint8).view(FP8)
+    scale_inv, amax = torch.tensor([[2.0**-54]]), torch.tensor(2688.0 * 2.0**100)
+    packed = nvfp4_pack.pack(weight, scale_inv, amax=amax)
+    assert nibbles(packed)[:4] == [0, 0, 8, 0]
+    assert scale_byte(packed) == [0x01]
+    assert_same_bytes(packed, packing.modelopt_pack(packing.dequantized(weight, scale_inv), amax))
+
+
 def test_scales_saturate_at_448_and_never_fall_below_the_smallest(backend: str) -> None:
     x = bf16([1.0] * 16 + [2.0**-12] * 16 + [2.0**-30] * 16)
     packed = nvfp4_pack.pack(x, amax=torch.tensor(0.5))
@@ -471,7 +488,7 @@ def test_without_the_core_the_reference_runs(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     monkeypatch.setattr(native, "load", native.load.__wrapped__)
     choice = dispatch.choose("nvfp4_pack", "cpu")
-    assert choice == ("reference", "the compiled core was not built: no C compiler at install time")
+    assert choice == ("reference", "the compiled core was not built: it needs a C compiler at install time")
     assert_same_bytes(nvfp4_pack.pack(weight, scale_inv, amax=nvfp4_pack.amax(weight, scale_inv)), expected)
     (tmp_path / "core.abi3.so").write_bytes(b"not a library")
     assert dispatch.choose("nvfp4_pack", "cpu").reason.startswith("the compiled core cannot be loaded: ")

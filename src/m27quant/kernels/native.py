@@ -24,6 +24,8 @@ ABI = 1
 
 FOLDER = Path(__file__).parent / "_native"
 
+_BYTES_PER_THREAD = 1 << 17  # waking a thread costs as much as 100 KB of work
+
 _FP8 = [c_void_p, c_void_p, c_int64, c_int64, c_int64]  # weight, scale_inv, K, rows and columns of a block
 _ROWS = [c_int64, c_int64]  # first row, row after the last
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -54,7 +56,7 @@ def load() -> Library:
     """Load the compiled core, once."""
     found = sorted(path for suffix in ("so", "dylib", "pyd") for path in FOLDER.glob(f"core*.{suffix}"))
     if not found:
-        return _absent("the compiled core was not built: no C compiler at install time")
+        return _absent("the compiled core was not built: it needs a C compiler at install time")
     try:
         handle = ctypes.CDLL(str(found[0]))
         for name, (result, arguments) in _SIGNATURES.items():
@@ -93,9 +95,6 @@ def over_rows(call: Callable[[int, int], _T], num_rows: int, step: int, row_byte
         return [future.result() for future in futures]
     finally:
         wait(futures)  # after Ctrl-C too: the threads write to tensors that the caller is about to free
-
-
-_BYTES_PER_THREAD = 1 << 17  # waking a thread costs as much as 100 KB of work
 
 
 def _absent(reason: str) -> Library:
