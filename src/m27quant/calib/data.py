@@ -17,15 +17,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from m27quant.calib.tokenize import Tokenize
+from m27quant.calib.encode import Encoder
 from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.strict_json import require_regular_file
 from m27quant.errors import CheckpointError, EnvironmentFault, UsageError, escape
 from m27quant.recipes.schema import DEFAULT_DATASETS, Calibration, Dataset
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".py", ".rst")
-TEXT_FIELDS = ("text", "article", "content", "prompt")
-CHAT_FIELDS = ("messages", "conversations")
 MAX_LINE_BYTES = 64 * 2**20
 HUB_DATASET = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 SHUFFLE_BUFFER = 10_000
@@ -99,7 +97,7 @@ def load_sequences(
         CheckpointError: a damaged data file or a row that cannot be used.
         EnvironmentFault: a data set that is gated, unknown, or not to be had offline.
     """
-    encode = _Encoder(tokenizer_folder, plan.seq_len, vocab_size, max_length)
+    encode = Encoder(tokenizer_folder, plan.seq_len, vocab_size, max_length)
     sequences: list[list[int]] = []
     notices: list[str] = []
     for dataset, count in _shares(plan):
@@ -159,73 +157,8 @@ def _split_shares(dataset: Dataset, count: int) -> Iterator[tuple[str, int]]:
         given = upto
 
 
-class _Encoder:
-    """One row to token ids; the tokenizer is read only when a row needs it."""
-
-    def __init__(self, folder: Path, seq_len: int, vocab_size: int, max_length: int) -> None:
-        self.seq_len = seq_len
-        self._folder, self._vocab_size, self._max_length = folder, vocab_size, max_length
-        self._tokenize: Tokenize | None = None
-
-    @property
-    def tokenize(self) -> Tokenize:
-        if self._tokenize is None:
-            self._tokenize = Tokenize(self._folder)
-        return self._tokenize
-
-    def row(self, row: dict[str, Any], dataset: Dataset, where: str) -> list[int]:
-        field = dataset.field or next(
-            (f for f in ("input_ids", *CHAT_FIELDS, *TEXT_FIELDS) if f in row), None
-        )
-        if field is None or field not in row:
-            wanted = f"`{field}`" if field else "`input_ids`, `messages` or `text`"
-            raise CheckpointError(
-                f"{where}: no {wanted} in a row with the keys {escape(sorted(map(str, row)))}"
-            )
-        value = row[field]
-        if isinstance(value, str):
-            return self.check(self.tokenize.text(value, self.seq_len), where)
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return self.check(self._chat(value, row, dataset, where), where)
-        if isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            return self.check(_without_padding(value, row.get("attention_mask"), where), where)
-        raise CheckpointError(
-            f"{where}: `{escape(field)}` is neither text, nor chat messages, nor a list of token ids"
-        )
-
-    def _chat(
-        self, messages: list[dict[str, Any]], row: dict[str, Any], dataset: Dataset, where: str
-    ) -> list[int]:
-        if dataset.chat == "template":
-            return self.tokenize.chat(messages, row.get("tools"), self.seq_len)
-        try:
-            text = "\n".join(str(turn["content"]) for turn in messages)
-        except (KeyError, TypeError):
-            raise CheckpointError(f"{where}: a chat turn without `content`") from None
-        return self.tokenize.text(text, self.seq_len)
-
-    def check(self, ids: list[int], where: str) -> list[int]:
-        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
-            bad = next(i for i in ids if not 0 <= i < self._vocab_size)
-            raise CheckpointError(
-                f"{where}: token id {bad} is outside of the vocabulary of {self._vocab_size}"
-            )
-        if len(ids) > self._max_length:
-            raise CheckpointError(f"{where}: {len(ids)} tokens, the model takes at most {self._max_length}")
-        return ids
-
-
-def _without_padding(ids: list[int], mask: Any, where: str) -> list[int]:
-    """The ids whose attention_mask is not 0: padding never counts."""
-    if mask is None:
-        return ids
-    if not isinstance(mask, list) or len(mask) != len(ids):
-        raise CheckpointError(f"{where}: attention_mask and input_ids differ in length")
-    return [i for i, kept in zip(ids, mask, strict=True) if kept]
-
-
 def _rows(
-    dataset: Dataset, split: str, seed: int, offline: bool, token: str | None, encode: _Encoder
+    dataset: Dataset, split: str, seed: int, offline: bool, token: str | None, encode: Encoder
 ) -> Iterator[list[int]]:
     """Token ids of the rows that are not empty, in the order in which they count."""
     path = existing(dataset.path)
@@ -256,7 +189,7 @@ def _shuffled(rows: Iterator[T], seed: int) -> Iterator[T]:
     return iter(everything)
 
 
-def _windows(path: Path, encode: _Encoder) -> Iterator[list[int]]:
+def _windows(path: Path, encode: Encoder) -> Iterator[list[int]]:
     """A text file as consecutive windows of `seq_len` tokens."""
     try:
         text = path.read_text(encoding="utf-8")

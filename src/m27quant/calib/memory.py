@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -17,6 +18,10 @@ MAX_GROUP = 16
 """More experts at once than this save nothing: the chunk's norm is recomputed once per group."""
 ALLOCATOR_SLACK = 192 * 2**20
 """Freed blocks that the C library keeps, thread stacks, code loaded late."""
+CONTROL_GROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 PIECE_BYTES = 32 * 2**20
 """How much of a passed-through tensor is in memory at a time."""
 
@@ -42,8 +47,22 @@ def rss_bytes() -> int:
 
 
 def default_budget() -> int:
-    """80% of the memory that is free now (within the control group's limit, where there is one)."""
-    return int((psutil.virtual_memory().available + rss_bytes()) * 0.8)
+    """80% of the memory that is free now, or that the control group allows in all where that is less."""
+    room = psutil.virtual_memory().available + rss_bytes()
+    return int(min([room, *control_group_limits()]) * 0.8)
+
+
+def control_group_limits() -> list[int]:
+    """Bytes that the control group of a container (version 2, 1) allows; empty without one."""
+    limits = []
+    for file in CONTROL_GROUP_LIMITS:
+        try:
+            text = file.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():  # "max" is no limit; nor is version 1's enormous number, which any minimum ignores
+            limits.append(int(text))
+    return limits
 
 
 def plan_memory(

@@ -33,26 +33,42 @@ class Tokenize:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as fault:  # noqa: BLE001 - the library raises bare Exception
             raise CheckpointError(f"{escape(path)}: not a tokenizer ({escape(fault)})") from None
+        self._tokenizer.no_padding()  # a tokenizer.json may ask for both
+        self._tokenizer.no_truncation()
         self._folder = folder
         self._template: str | None = None
 
     def text(self, text: str, limit: int | None = None) -> list[int]:
-        """Token ids of `text`, at most `limit`, with the special tokens that the tokenizer adds by itself."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids[:limit]
+        """Token ids of `text`, at most `limit`, with the special tokens that the tokenizer adds by itself.
+
+        Raises:
+            CheckpointError: text that UTF-8 cannot hold.
+        """
+        return self._encode(text, special=True)[:limit]
 
     def chat(self, messages: list[dict[str, Any]], tools: Any, limit: int | None = None) -> list[int]:
-        """Token ids of a conversation in the checkpoint's chat template."""
+        """Token ids of a conversation in the checkpoint's chat template.
+
+        Raises:
+            CheckpointError: the template refuses the conversation, or text that UTF-8 cannot hold.
+            UsageError: the checkpoint has no template.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        template = self._chat_template()
         try:
-            rendered: Any = render_jinja_template(
-                [messages], tools=tools, chat_template=self._chat_template()
-            )[0]
+            rendered: Any = render_jinja_template([messages], tools=tools, chat_template=template)[0]
         except Exception as fault:  # noqa: BLE001 - a template may raise whatever it likes
-            raise CheckpointError(f"the chat template refuses a calibration row: {escape(fault)}") from None
-        ids: list[int] = self._tokenizer.encode(rendered[0], add_special_tokens=False).ids
-        return ids[:limit]
+            raise CheckpointError(f"the chat template refuses the row: {escape(fault)}") from None
+        return self._encode(rendered[0], special=False)[:limit]
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            raise CheckpointError(f"text with half a surrogate pair at character {fault.start}") from None
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
 
     def _chat_template(self) -> str:
         if self._template is None:
