@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from m27quant.cli.output import Output
@@ -25,7 +25,8 @@ def graceful(output: Output, resume_command: str) -> Iterator[Callable[[], None]
         if came:
             os._exit(128 + signum)
         came.append(signum)
-        output.status("stopping; once more to stop at once")
+        with suppress(RuntimeError):  # the stream is in the middle of a write
+            output.status("stopping; once more to stop at once")
 
     def stop() -> None:
         if came:
@@ -45,11 +46,13 @@ def graceful(output: Output, resume_command: str) -> Iterator[Callable[[], None]
 
 def resume_command() -> str:
     """This process's own command line with `--resume`, without secrets and without `--overwrite`."""
+    arguments = sys.argv[1:]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
     kept: list[str] = []
     skip = False
-    for argument in sys.argv[1:]:
+    for argument in arguments[:end]:
         if skip or argument in ("--overwrite", "--resume", "--token") or argument.startswith("--token="):
             skip = argument == "--token"
             continue
         kept.append(argument)
-    return shlex.join(["m27quant", *kept, "--resume"])
+    return shlex.join(["m27quant", *kept, "--resume", *arguments[end:]])
