@@ -102,17 +102,18 @@ class Case:
     passed: tuple[str, ...]
     """Fault points in the order in which they are passed."""
 
+    undisturbed_folder: Path
+    """OUT of the run that nobody disturbed."""
+
     def argv(self, out: Path, *options: str) -> tuple[str, ...]:
         return ("quantize", str(self.model), str(out), "--dataset", str(self.rows), "--no-progress", *options)
 
 
 @pytest.fixture(scope="session")
-def program(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+def program(repository: Path, fast_folder: Path) -> Iterator[Program]:
     """The program as a process."""
-    folder = tmp_path_factory.mktemp("runs")
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o755)  # tests of permissions run as somebody else
-    program = Program(repository, folder)
+    (fast_folder / "runs").mkdir()
+    program = Program(repository, fast_folder / "runs")
     yield program
     program.close()
 
@@ -121,7 +122,11 @@ def program(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def case(good: Path, rows: Path, program: Program, fast_folder: Path) -> Case:
     """The small checkpoint, undisturbed."""
     log = fast_folder / "passed"
-    case = Case(good, rows, {}, ())
+    model = Path(shutil.copytree(good, fast_folder / "model"))
+    for path in model.iterdir():
+        path.chmod(0o644)  # safetensors writes for its user alone
+    case = Case(model, Path(shutil.copy(rows, fast_folder)), {}, (), fast_folder / "undisturbed")
+    assert program.ask({"warm": case.argv(fast_folder / "warm", "-q")}) == {"code": 0}
     env = {"M27QUANT_FAULT": "none", "M27QUANT_FAULT_LOG": str(log)}
     ended = program.run(*case.argv(fast_folder / "undisturbed"), env=env)
     assert ended.code == 0, ended.err
@@ -130,11 +135,12 @@ def case(good: Path, rows: Path, program: Program, fast_folder: Path) -> Case:
 
 
 @pytest.fixture(scope="session")
-def fast_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def fast_folder() -> Iterator[Path]:
     """A folder in memory, where there is one: many thousand fsyncs are waited for in these tests."""
     shared = Path("/dev/shm")
-    parent = shared if shared.is_dir() and os.access(shared, os.W_OK) else tmp_path_factory.mktemp("fast")
-    folder = Path(tempfile.mkdtemp(prefix="m27quant-", dir=parent))
+    in_memory = shared.is_dir() and os.access(shared, os.W_OK)
+    folder = Path(tempfile.mkdtemp(prefix="m27quant-", dir=shared if in_memory else None))
+    folder.chmod(0o755)  # tests of permissions run as somebody else
     yield folder
     shutil.rmtree(folder)
 

@@ -90,6 +90,10 @@ def add_tensor(folder: Path, name: str, *, shard: int = 0, in_index: bool = True
         edit_json(folder / INDEX, lambda index: index["weight_map"].update({name: path.name}))
 
 
+def add_tensor_named(name: str) -> Change:
+    return lambda folder: add_tensor(folder, name)
+
+
 def drop_tensor(folder: Path, name: str) -> None:
     """Take a tensor out of shard and index."""
     path = shard_of(folder, name)

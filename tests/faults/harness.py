@@ -46,8 +46,10 @@ class Process:
 
     def wait(self) -> Finished:
         code = self._program.ask({"wait": self.pid})["code"]
-        out, err = ((self._folder / name).read_text() for name in ("stdout", "stderr"))
-        return Finished(code, out, err)
+        said = [
+            p.read_text() if p.exists() else "" for p in (self._folder / "stdout", self._folder / "stderr")
+        ]
+        return Finished(code, *said)
 
 
 class Program:

@@ -1,18 +1,21 @@
 """The program, run many times without being started many times: imports once, forks for every run.
 
 Run as `python -m tests.faults.warm`; reads one JSON request per line, answers one JSON line each:
+{"warm": [...]} runs the program in this process, once;
 {"argv": [...], ...} starts a run and answers {"pid": ...}; {"wait": PID} answers {"code": ...}.
 One thread only, here and in the runs: a fork keeps no other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -37,6 +40,11 @@ def without_disk_check() -> None:
 def with_process_id(pid: int) -> None:
     """In a container every run has the same one."""
     set_attribute("os.getpid", lambda: pid)
+
+
+def on_device_class(name: str) -> None:
+    """The run's device claims to be another kind."""
+    set_attribute("m27quant.prepare._device_class", lambda device: name)
 
 
 def slowly(seconds: float) -> None:
@@ -69,7 +77,15 @@ Job = m27quant.layer_job.Job
 
 def limit(name: str, value: int) -> None:
     """Set a resource limit of this process."""
-    resource.setrlimit(getattr(resource, name), (value, resource.RLIM_INFINITY))
+    kind = getattr(resource, name)
+    resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+
+
+def nobody_reads(fd: int) -> None:
+    """The reader of a stream went away before anything was written."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, fd)
 
 
 def as_user(uid: int) -> None:
@@ -80,7 +96,18 @@ def as_user(uid: int) -> None:
 
 
 SETUPS: dict[str, Callable[..., None]] = {
-    f.__name__: f for f in (set_attribute, without_disk_check, with_process_id, slowly, deaf, limit, as_user)
+    function.__name__: function
+    for function in (
+        as_user,
+        deaf,
+        limit,
+        nobody_reads,
+        on_device_class,
+        set_attribute,
+        slowly,
+        with_process_id,
+        without_disk_check,
+    )
 }
 
 
@@ -100,7 +127,10 @@ def child(request: dict[str, Any]) -> NoReturn:
         sys.argv = ["m27quant", *request["argv"]]
         code = m27quant.cli.app.main()
         sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # as the interpreter does it when it ends
+            sys.stderr.flush()
+    except BaseException:  # noqa: BLE001 - a fault of this harness; the run's own end in exit codes
+        traceback.print_exc()
     finally:
         os._exit(code)
 
@@ -112,7 +142,9 @@ def serve() -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
-        if "wait" in request:
+        if "warm" in request:  # what is loaded and compiled on first use need not be so in every child
+            answer = {"code": m27quant.cli.app.main(request["warm"])}
+        elif "wait" in request:
             answer = {"code": os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])}
         else:
             pid = os.fork()
