@@ -97,7 +97,8 @@ def test_signals(signum: signal.Signals, repository: Path) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_can_be_resumed_says_how(signum: signal.Signals, repository: Path) -> None:
-    process = start(repository, "wait", "--resumable")
+    # With a buffered stderr, which the handler may find in the middle of a write.
+    process = start(repository, "wait", "--resumable", env={**os.environ, "PYTHONUNBUFFERED": ""})
     assert process.stderr is not None
     assert [process.stderr.readline() for _ in range(2)] == ["ready\n", "steady\n"]
     process.send_signal(signum)

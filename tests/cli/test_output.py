@@ -186,6 +186,15 @@ def test_a_closed_stderr_stops_no_work_but_a_closed_stdout_does() -> None:
         out.result({}, human=Text("data"))
 
 
+def test_a_signal_handler_may_speak_in_the_middle_of_a_write() -> None:
+    class Busy(io.StringIO):
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+
+    Output(stderr=Busy()).status("stopping")
+    Output(Mode.JSON, stderr=Busy()).warning("stopping")
+
+
 def test_log_messages_of_the_package_are_notes(capsys: pytest.CaptureFixture[str]) -> None:
     import logging
 

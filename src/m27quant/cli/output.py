@@ -174,18 +174,21 @@ class Output:
 
 
 class _BestEffort:
-    """A stream that swallows its faults: a terminal that went away must not stop the work behind it."""
+    """A stream that swallows its faults: a terminal that went away must not stop the work behind it.
+
+    Nor must a signal handler that speaks while its own thread is writing, which Python answers by RuntimeError.
+    """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
