@@ -221,6 +221,38 @@ def test_the_default_is_modelopts_mix(tiny: Path, online: None, monkeypatch: pyt
     )
 
 
+@pytest.mark.filterwarnings("ignore")  # of modelopt and of what it imports
+def test_tokens_of_the_default_are_those_of_modelopts_loader(
+    tiny: Path, online: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """modelopt's own data loader on the same stand-in for the Hub: rows, order and tokens, its padding taken off."""
+    from modelopt.torch.utils.dataset_utils import get_dataset_dataloader
+    from transformers import PreTrainedTokenizerFast
+
+    text = (tiny / "heldout.txt").read_text()
+
+    def load_dataset(
+        path: str, name: str | None = None, *, split: str, streaming: bool, **_: Any
+    ) -> Iterator[Any]:
+        begin = 1000 * ["train", "stem", "chat", "math", "code"].index(split)
+        for number in range(300):
+            piece = text[begin + 37 * number :][: 20 + 11 * (number % 40)]
+            messages = [{"role": "user", "content": piece}, {"role": "assistant", "content": piece[:9]}]
+            yield {"article": piece} if split == "train" else {"messages": messages}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tiny / "tokenizer.json"), pad_token="]!p~[", padding_side="left"
+    )
+    loader = get_dataset_dataloader("cnn_nemotron_v2_mix", tokenizer, num_samples=64, max_sample_length=48)
+    theirs = [b["input_ids"][0][b["attention_mask"][0].bool()].tolist() for b in loader]
+    plan = Calibration(num_samples=64, seq_len=48)
+    assert split(load_sequences(plan, tiny, vocab_size=VOCAB, max_length=2048)[0]) == theirs
+    assert len(theirs) == 64
+    assert {len(row) for row in theirs} >= {48}
+    assert min(len(row) for row in theirs) < 48, "some were padded"
+
+
 @pytest.mark.parametrize(
     ("samples", "expected"),
     [(10, [5, 2, 1, 1, 1]), (1, [1, 0, 0, 0, 0]), (2, [1, 1, 0, 0, 0]), (1024, [512, 128, 128, 128, 128])],
