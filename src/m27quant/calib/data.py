@@ -103,7 +103,7 @@ def load_sequences(
     for dataset, count in _shares(plan):
         for split, part in _split_shares(dataset, count):
             rows = _rows(dataset, split, seed, offline, token, encode)
-            taken = list(itertools.islice(rows, part))
+            taken = _take(rows, part)
             if len(taken) < part:
                 notices.append(f"{escape(dataset.path)} ({split}) gave {len(taken)} of {part} rows")
             sequences += taken
@@ -222,6 +222,15 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise EnvironmentFault(f"{escape(path)}: cannot be read ({fault.strerror})") from None
 
 
+def _take(rows: Iterator[list[int]], count: int) -> list[list[int]]:
+    """The first `count` rows; whatever is wrong with one of them has a next step."""
+    try:
+        return list(itertools.islice(rows, count))
+    except (CheckpointError, EnvironmentFault) as fault:
+        fault.hint = fault.hint or "correct the data or their permissions, or pass others with --dataset FILE"
+        raise
+
+
 def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
@@ -233,6 +242,8 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{escape(path)}, row {number}", row
+    except PermissionError:
+        raise EnvironmentFault(f"{escape(path)}: cannot be read (Permission denied)") from None
     except (pyarrow.ArrowException, OSError) as fault:
         raise CheckpointError(f"{escape(path)}: not a readable Parquet file ({escape(fault)})") from None
 
