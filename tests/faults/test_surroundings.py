@@ -104,6 +104,7 @@ def test_data_that_may_not_be_read(suffix: str, program: Program, case: Case, th
     ended = program.run(*argv, setup=[("as_user", NOBODY)])
     assert ended.code == 4, ended.err
     assert rows.name in ended.err
+    assert "\nhint: " in ended.err
     assert not (theirs / "out").exists()
 
 

@@ -86,6 +86,7 @@ def nobody_reads(fd: int) -> None:
     read, write = os.pipe()
     os.close(read)
     os.dup2(write, fd)
+    setattr(sys, {1: "stdout", 2: "stderr"}[fd], os.fdopen(fd, "w", closefd=False))
 
 
 def as_user(uid: int) -> None:
