@@ -71,13 +71,15 @@ def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def edit_tensor(folder: Path, name: str, change: Callable[[bytearray], None]) -> None:
-    """Change the bytes of one tensor in place."""
+    """Change the bytes of one tensor in place; the header keeps every byte."""
     path = shard_of(folder, name)
     header, buffer = split_shard(path)
     begin, end = header[name]["data_offsets"]
     body = bytearray(buffer[begin:end])
     change(body)
-    join_shard(path, header, buffer[:begin] + bytes(body) + buffer[end:])
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size - len(buffer) + begin)
+        file.write(body)
 
 
 def add_tensor(folder: Path, name: str, *, shard: int = 0, in_index: bool = True) -> None:
