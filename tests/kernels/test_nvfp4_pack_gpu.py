@@ -20,7 +20,7 @@ from tests.kernels.packing import assert_same_bytes
 
 triton = pytest.importorskip("triton", reason="needs Triton, which this platform does not have")
 
-CASES = ["odd sizes", "every code", "wide scales", "other blocks", "bf16", "dead", "nonfinite"]
+CASES = ["odd sizes", "ties", "every code", "wide scales", "other blocks", "bf16", "dead", "nonfinite"]
 
 
 def check(case: str) -> None:
@@ -41,14 +41,22 @@ def check(case: str) -> None:
         weight, scale_inv = packing.random_fp8(37, 80, block=block)
     elif case == "bf16":
         weight, scale_inv = (torch.randn(37, 176) * torch.randn(37, 1).exp2()).bfloat16(), None
+    elif case == "ties":  # under weight_scale_2 = 1; the last group makes 2688 the amax
+        ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0]
+        row = [*ties, *(-t for t in ties), 6.0, -0.0, 2688.0, -(2.0**-133), *[0.0] * 14]
+        weight, scale_inv = torch.tensor([row], dtype=torch.bfloat16), None
     elif case == "dead":
         scale_inv = torch.zeros_like(scale_inv)
     elif case == "nonfinite":
         for row, column, code in ((0, 0, 0x7F), (36, 175, 0xFF)):
             broken = weight.clone()
             broken.view(torch.uint8)[row, column] = code
-            assert not gpu.amax(broken, scale_inv, block).isfinite()
+            assert gpu.amax(broken, scale_inv, block).isnan()
             assert not _pack(gpu, broken, scale_inv, torch.tensor(1.0), block)[0]
+        assert gpu.amax(
+            weight, scale_inv * 1e40, block
+        ).isinf()  # finite scales of which some products overflow
+        assert not _pack(gpu, weight, scale_inv * 1e40, torch.tensor(1.0), block)[0]
     amax = gpu.amax(weight, scale_inv, block)
     assert torch.equal(amax, reference.amax(weight, scale_inv, block))
     for factor in (1.0, 1.7, 3e-3, 2.0**14):
@@ -70,7 +78,10 @@ def _pack(
 
 def test_kernels_in_the_interpreter(repository: Path) -> None:
     """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(repository)}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(repository), *sys.path]),
+    }
     script = (
         "import sys; from tests.kernels.test_nvfp4_pack_gpu import check; [check(c) for c in sys.argv[1:]]"
     )
