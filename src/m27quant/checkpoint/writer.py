@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,25 +131,22 @@ def open_shards(
 
     Files are named `STEM-I.HASH.safetensors` by their content, so that nothing is ever overwritten.
     """
-    with _open_all(
-        [folder / f"{stem}-{i}.partial" for i in range(len(plans))], plans, written
-    ) as descriptors:
+    partial = [folder / f"{stem}-{i}.partial" for i in range(len(plans))]
+    with ExitStack() as files:
+        descriptors = [
+            files.enter_context(durable_file(path, plan.size))
+            for path, plan in zip(partial, plans, strict=True)
+        ]
         for plan, fd in zip(plans, descriptors, strict=True):
             pwrite_all(fd, plan.header, 0)
         shards = ShardSet(plans, descriptors)
         yield shards
         shards.check_complete()
+    written += [_named_by_content(path, plan.size) for path, plan in zip(partial, plans, strict=True)]
 
 
-@contextmanager
-def _open_all(paths: list[Path], plans: list[ShardPlan], written: list[WrittenFile]) -> Iterator[list[int]]:
-    """Nested `durable_file`s, renamed by content once all of them are whole."""
-    if not paths:
-        yield []
-        return
-    with durable_file(paths[0], plans[0].size) as fd, _open_all(paths[1:], plans[1:], written) as others:
-        yield [fd, *others]
-    digest = sha256_of(paths[0])
-    final = paths[0].with_name(f"{paths[0].stem}.{digest[:16]}.safetensors")
-    move_durably(paths[0], final)
-    written.insert(0, WrittenFile(final.name, plans[0].size, digest))
+def _named_by_content(path: Path, size: int) -> WrittenFile:
+    digest = sha256_of(path)
+    final = path.with_name(f"{path.stem}.{digest[:16]}.safetensors")
+    move_durably(path, final)
+    return WrittenFile(final.name, size, digest)
