@@ -55,15 +55,36 @@ Quantize = Callable[..., Ended]
 
 
 @pytest.fixture(scope="session")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that nobody may change."""
-    return write_checkpoint(tmp_path_factory.mktemp("good") / "model", SMALL)
+def fast_folder() -> Iterator[Path]:
+    """A folder in memory, where there is one: many thousand fsyncs are waited for in these tests."""
+    shared = Path("/dev/shm")
+    in_memory = shared.is_dir() and os.access(shared, os.W_OK)
+    folder = Path(tempfile.mkdtemp(prefix="m27quant-", dir=shared if in_memory else None))
+    folder.chmod(0o755)  # tests of permissions run as somebody else
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def tmp_path(fast_folder: Path) -> Iterator[Path]:
+    """pytest's own, but fast."""
+    with tempfile.TemporaryDirectory(dir=fast_folder) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def good(fast_folder: Path) -> Path:
+    """A checkpoint that nobody may change."""
+    model = write_checkpoint(fast_folder / "model", SMALL)
+    for path in model.iterdir():
+        path.chmod(0o644)  # safetensors writes for its user alone
+    return model
+
+
+@pytest.fixture(scope="session")
+def rows(fast_folder: Path) -> Path:
     """Calibration rows of token ids."""
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", vocab_size=SMALL.vocab_size)
+    return write_rows(fast_folder / "rows.jsonl", vocab_size=SMALL.vocab_size)
 
 
 @pytest.fixture
@@ -122,10 +143,7 @@ def program(repository: Path, fast_folder: Path) -> Iterator[Program]:
 def case(good: Path, rows: Path, program: Program, fast_folder: Path) -> Case:
     """The small checkpoint, undisturbed."""
     log = fast_folder / "passed"
-    model = Path(shutil.copytree(good, fast_folder / "model"))
-    for path in model.iterdir():
-        path.chmod(0o644)  # safetensors writes for its user alone
-    case = Case(model, Path(shutil.copy(rows, fast_folder)), {}, (), fast_folder / "undisturbed")
+    case = Case(good, rows, {}, (), fast_folder / "undisturbed")
     assert program.ask({"warm": case.argv(fast_folder / "warm", "-q")}) == {"code": 0}
     env = {"M27QUANT_FAULT": "none", "M27QUANT_FAULT_LOG": str(log)}
     ended = program.run(*case.argv(fast_folder / "undisturbed"), env=env)
@@ -134,19 +152,7 @@ def case(good: Path, rows: Path, program: Program, fast_folder: Path) -> Case:
     return dataclasses.replace(case, undisturbed=tree(fast_folder / "undisturbed"), passed=passed)
 
 
-@pytest.fixture(scope="session")
-def fast_folder() -> Iterator[Path]:
-    """A folder in memory, where there is one: many thousand fsyncs are waited for in these tests."""
-    shared = Path("/dev/shm")
-    in_memory = shared.is_dir() and os.access(shared, os.W_OK)
-    folder = Path(tempfile.mkdtemp(prefix="m27quant-", dir=shared if in_memory else None))
-    folder.chmod(0o755)  # tests of permissions run as somebody else
-    yield folder
-    shutil.rmtree(folder)
-
-
 @pytest.fixture
-def out(fast_folder: Path) -> Iterator[Path]:
+def out(tmp_path: Path) -> Path:
     """An OUT that does not exist yet."""
-    with tempfile.TemporaryDirectory(dir=fast_folder) as folder:
-        yield Path(folder) / "out"
+    return tmp_path / "out"
