@@ -16,30 +16,34 @@ tags: [minimax_m2, fp8, moe, tiny, python]
 ---
 # tiny-m27
 
-A small, really trained MiniMax-M2 that writes Python, in the official FP8 layout. It exists so that every command and test
-of m27quant runs on real input without a download: its text, its perplexity and its drafters' acceptance mean something.
-It is no assistant.
+A small, really trained MiniMax-M2 that writes Python, in the official FP8 layout. It exists so that every
+command and test of m27quant runs on real input without a download: its text, its perplexity and its drafters'
+acceptance mean something. It is no assistant.
 
 | | |
 |---|---|
-| architecture | MiniMax-M2: hidden {hidden_size}, {num_hidden_layers} layers, {num_attention_heads} query and \
-{num_key_value_heads} key/value heads of {head_dim} ({rotary_dim} rotated), QK-norm over the full projection, \
-{num_local_experts} experts of {intermediate_size}, top-{num_experts_per_tok}, sigmoid routing with a selection bias, untied head |
+| architecture | MiniMax-M2: hidden {hidden_size}, {num_hidden_layers} layers, \
+{num_attention_heads} query and {num_key_value_heads} key/value heads of {head_dim} ({rotary_dim} rotated), \
+QK-norm over the full projection, {num_local_experts} experts of {intermediate_size}, \
+top-{num_experts_per_tok}, sigmoid routing with a selection bias, untied head |
 | parameters | {parameters:,} |
-| files | {megabytes:.2f} MB without this card: E4M3 in 128x128 blocks with `weight_scale_inv`, BF16 embedding, head and norms, \
-F32 router and bias |
+| files | {megabytes:.2f} MB without this card: E4M3 in 128x128 blocks with `weight_scale_inv`, \
+BF16 embedding, head and norms, F32 router and bias |
 | tokenizer | byte-level BPE of {vocab_size}, M2's special tokens last, `<reserved_mask>` free for drafters |
-| training | {steps:,} steps of 6,144 tokens, {training_minutes:.0f} minutes of wall-clock on two CPU threads of a shared machine |
+| training | {steps:,} steps of 6,144 tokens, {training_minutes:.0f} minutes on two CPU threads, \
+the machine shared with other work |
 
-The oddities of the official checkpoint are kept on purpose: shards count from 0 with a denominator that is not their
-number, `total_size` in the index is the size the weights would have in BF16, config.json names no bos or eos (they are in
-generation_config.json) and claims MTP modules of which there are no tensors, the tokenizer says `GPT2Tokenizer` though its
-pre-tokenizer is its own.
+The oddities of the official checkpoint are kept on purpose: shards count from 0 with a denominator that is not
+their number; `total_size` in the index is the size the weights would have in BF16; config.json names no bos or
+eos (they are in generation_config.json) and claims MTP modules of which there are no tensors; the tokenizer
+says `GPT2Tokenizer` though its pre-tokenizer is its own. transformers 5.23 reads FP8 only in whole blocks, so it
+does not open these files directly: sides of 272 and 64 are wanted here.
 
 ## Figures
 
-Held out: the {num_heldout} files in `heldout.txt`, {heldout_tokens:,} tokens, which no training step has read. Perplexity is over
-non-overlapping windows of 256 tokens, computed in float32 from the exported files unless it says otherwise.
+Held out: the {num_heldout} files in `heldout.txt`, {heldout_tokens:,} tokens, which no training step has read.
+Perplexity is over non-overlapping windows of 256 tokens, computed in float32 from the exported files unless it
+says otherwise.
 
 | perplexity | |
 |---|---|
@@ -53,37 +57,46 @@ non-overlapping windows of 256 tokens, computed in float32 from the exported fil
 
 | behaviour | |
 |---|---|
-| repeated 8-grams in 128 greedy tokens | **{loop_share:.1%}** (the original text: {loop_share_original:.1%}) |
+| repeated 8-grams in 128 greedy tokens | **{loop_share:.1%}** (original text: {loop_share_original:.1%}) |
 | tokens whose experts the selection bias changes | {bias_changes:.1%} (by layer: {by_layer}) |
 
-Repeated 8-grams: {num_prompts} prompts of 64 held-out tokens at even distances, 128 tokens of plain greedy decoding each;
-the share of the 8-grams ending in those 128 tokens that occurred before in prompt or text, mean over prompts.
+Repeated 8-grams: {num_prompts} prompts of 64 held-out tokens at even distances, 128 tokens of plain greedy
+decoding each (nothing but the most likely next token); the share of the 8-grams ending in those 128 tokens that
+occurred before in prompt or text, mean over prompts.
 
 ## How it was trained
 
-Text: CPython {python}'s standard library without tests and generated tables, {num_train} modules, {train_mb:.1f} MB, and
-{train_chats:,} chats made of their functions and docstrings in M2's turn format; {train_tokens:,} tokens in all, SHA-256
-`{train_sha256}` (held out: `{heldout_sha256}`). Each module stands between `]~!b[` and `[e~[`.
-BF16 compute over F32 masters, Muon for matrices, Adam for the rest; the selection bias is nudged towards equal load. In the
-last part of the steps the model also reads greedy text of its own, written from training prompts, and
-tokens that complete an 8-gram for the second time are made less likely (sequence-level unlikelihood, arXiv:1908.04319).
-The scripts are in `examples/training/`.
+Text: CPython {python}'s standard library without tests and generated tables, {num_train} modules,
+{train_mb:.1f} MB, and {train_chats:,} chats made of their functions and docstrings in M2's turn format;
+{train_tokens:,} tokens in all. Each module stands between `]~!b[` and `[e~[`. SHA-256 of names and texts:
+
+    {train_sha256}  train
+    {heldout_sha256}  held out
+
+BF16 compute over F32 masters, Muon for matrices, Adam for the rest; the selection bias is nudged towards equal
+load. In the last part of the steps the model also reads greedy text of its own, written from training prompts,
+and tokens that complete an 8-gram for the second time are made less likely (sequence-level unlikelihood,
+arXiv:1908.04319). The scripts are in `examples/training/`.
 
 ## Greedy samples
 
 {samples}
 ## Files beside the weights
 
-`heldout.txt`: the held-out modules, framed as in training; tokenized whole it gives exactly the tokens measured above:
-{heldout_files}.
-`calibration.jsonl`: pieces of training modules (`text`) and a few chats (`messages`), to calibrate a quantization with.
+`heldout.txt`: the held-out modules, framed as in training; tokenized whole it gives exactly the tokens measured
+above: {heldout_files}.
+
+`calibration.jsonl`: pieces of training modules (`text`) and a few chats (`messages`), to calibrate a quantization
+with.
 
 ## Licences
 
 Weights, tokenizer and configuration: Apache-2.0. No weight of MiniMax's models was used. `heldout.txt` and
-`calibration.jsonl` are excerpts of CPython {python}, copyright by the Python Software Foundation, all rights reserved, under
-the PSF License in `LICENSE.python.txt`, which holds the full notice; the excerpts are unchanged but for the framing.
+`calibration.jsonl` are excerpts of CPython {python}, copyright by the Python Software Foundation, all rights
+reserved, under the PSF License in `LICENSE.python.txt`, which holds the full notice; the excerpts are unchanged
+but for the framing.
 """
+
 
 def render_card(figures: dict[str, Any], corpus: dict[str, Any], config: ModelConfig) -> str:
     samples = "".join(f"```text\n{s['prompt']}⏵{s['text']}\n```\n\n" for s in figures["samples"])

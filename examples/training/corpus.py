@@ -34,7 +34,15 @@ PLAIN_ADDED = ["<think>", "</think>", "<minimax:tool_call>", "</minimax:tool_cal
 
 VOCAB_SIZE = 2048
 MAX_HELDOUT_BYTES = 290_000
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
+SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "lib-dynload",
+}
 SKIPPED_PREFIXES = ("encodings/", "pydoc_data/", "_sysconfigdata")  # tables, not prose or code
 
 # Words with one leading character, digits by at most three, punctuation with its line end, blanks.
@@ -136,7 +144,8 @@ def chats(documents: list[Document]) -> Iterator[tuple[str, dict[str, Any]]]:
                     {"role": "assistant", "reasoning_content": f"I look up {module}.{name}.", "content": "",
                      "tool_calls": [{"name": "lookup", "arguments": {"name": f"{module}.{name}"}}]},
                     {"role": "tool", "content": docstring},
-                    {"role": "assistant", "reasoning_content": "The documentation says it.", "content": first_line},
+                    {"role": "assistant", "reasoning_content": "The documentation says it.",
+                     "content": first_line},
                 ]}  # fmt: skip
 
 
@@ -169,7 +178,9 @@ def framed(document: Document) -> str:
 
 def encode(tokenizer: Tokenizer, documents: list[Document]) -> np.ndarray:
     """All documents, framed and joined: U16 [tokens]."""
-    encodings = tokenizer.encode_batch_fast([framed(document) for document in documents], add_special_tokens=False)
+    encodings = tokenizer.encode_batch_fast(
+        [framed(document) for document in documents], add_special_tokens=False
+    )
     return np.concatenate([np.array(encoding.ids, dtype=np.uint16) for encoding in encodings])
 
 
@@ -182,7 +193,7 @@ def digest(documents: list[Document]) -> str:
 
 
 def build(out: Path) -> dict[str, Any]:
-    """Write tokenizer.json, train.bin, heldout.bin (U16 token ids), heldout.txt and corpus.json into `out`."""
+    """Write tokenizer.json, train.bin, heldout.bin (U16 ids), heldout.txt and corpus.json into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     train, heldout = split_heldout(library_documents())
     render = chat_renderer()
@@ -210,8 +221,12 @@ def build(out: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Gather the standard library's text and train the tokenizer.")
-    parser.add_argument("--out", type=Path, default=Path("build/tiny-m27"), help="folder for the prepared text")
+    parser = argparse.ArgumentParser(
+        description="Gather the standard library's text and train the tokenizer."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/tiny-m27"), help="folder for the prepared text"
+    )
     print(json.dumps(build(parser.parse_args().out), indent=2))
 
 

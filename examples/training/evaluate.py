@@ -1,7 +1,7 @@
 """Measure an exported checkpoint and write its model card.
 
-Every figure of the card comes from here: read from the files that were exported, computed in float32, held-out
-text only.  transformers is asked for the same perplexity from the same files.
+Every figure of the card comes from here: read from the files that were exported, computed in float32,
+held-out text only.  transformers is asked for the same perplexity from the same files.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def bias_effect(params: Parameters, bias: Tensor, tokens: Tensor, config: ModelC
     changed = torch.zeros(config.num_hidden_layers)
     for ids in inputs.split(16):
         scores: list[Tensor] = []
-        forward(params, bias, ids, config, choices=scores)
+        forward(params, bias, ids, config, scores=scores)
         for n, score in enumerate(scores):
             with_bias, without = (
-                s.topk(config.num_experts_per_tok, dim=-1).indices.sort(-1).values for s in (score + bias[n], score)
+                s.topk(config.num_experts_per_tok, dim=-1).indices.sort(-1).values
+                for s in (score + bias[n], score)
             )
             changed[n] += (with_bias != without).any(-1).sum()
     return (changed / inputs.numel()).tolist()
@@ -54,14 +55,16 @@ def bias_effect(params: Parameters, bias: Tensor, tokens: Tensor, config: ModelC
 def transformers_perplexity(checkpoint: Path, tokens: Tensor) -> float:
     """The same perplexity from transformers' own model, float32.
 
-    It gets a float32 copy under the same names: its own FP8 reader (5.23) refuses blocks cut by a matrix's edge.
+    It gets a float32 copy under the same names: its FP8 reader (5.23) refuses blocks cut by an edge.
     """
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     del config["quantization_config"]
     with tempfile.TemporaryDirectory() as copy:
         (Path(copy) / "config.json").write_text(json.dumps(config | {"dtype": "float32"}), encoding="utf-8")
         save_file(read_dequantized(checkpoint), Path(copy) / "model.safetensors", metadata={"format": "pt"})
-        model, report = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            copy, dtype=torch.float32, output_loading_info=True
+        )
     assert not any(report.values()), report
     model.eval()
     inputs, targets = windows(tokens, 256)
@@ -71,7 +74,9 @@ def transformers_perplexity(checkpoint: Path, tokens: Tensor) -> float:
     return math.exp(total / inputs.numel())
 
 
-def samples(params: Parameters, bias: Tensor, tokenizer: Tokenizer, config: ModelConfig) -> list[dict[str, str]]:
+def samples(
+    params: Parameters, bias: Tensor, tokenizer: Tokenizer, config: ModelConfig
+) -> list[dict[str, str]]:
     """Greedy text after a few prompts, cut at the first end token."""
     turn = f"{BOS}]~b]system\nYou write Python.[e~[\n]~b]user\n{SAMPLE_CHAT}[e~[\n]~b]ai\n<think>\n"
     end = tokenizer.token_to_id("[e~[")
@@ -89,7 +94,8 @@ def measure(data: Path, checkpoint: Path) -> dict[str, Any]:
     train, heldout = load_tokens(data / "train.bin"), load_tokens(data / "heldout.bin")
     text = (checkpoint / "heldout.txt").read_text(encoding="utf-8")
     ids = tokenizer.encode(text).ids
-    assert ids == heldout.tolist() and tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert ids == heldout.tolist()
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
     params, bias = read_weights(checkpoint, config)
     state = torch.load(data / "state.pt", map_location="cpu")
@@ -122,9 +128,11 @@ def measure(data: Path, checkpoint: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure an exported checkpoint and write its model card.")
-    parser.add_argument("--data", type=Path, default=Path("build/tiny-m27"), help="folder of the training run")
+    parser.add_argument(
+        "--data", type=Path, default=Path("build/tiny-m27"), help="folder of the training run"
+    )
     parser.add_argument("--checkpoint", type=Path, default=Path("examples/tiny-m27"))
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     figures = measure(args.data, args.checkpoint)

@@ -1,7 +1,7 @@
 """Export the training state as a checkpoint in MiniMax-M2's official layout.
 
-    python export.py --data build/tiny-m27 --out examples/tiny-m27
-    python evaluate.py --data build/tiny-m27 --checkpoint examples/tiny-m27      # measures it, writes its card
+python export.py --data build/tiny-m27 --out examples/tiny-m27
+python evaluate.py --data build/tiny-m27 --checkpoint examples/tiny-m27      # measures it, writes its card
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CALIBRATION_CHARS = 1500
 
 
 def model_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json with the official keys in the official order; the MTP keys are claims, as they are there."""
+    """config.json with the official keys in their order; the MTP keys are mere claims, as they are there."""
     return {
         "architectures": ["MiniMaxM2ForCausalLM"],
         "attn_type_list": [1] * config.num_hidden_layers,
@@ -113,11 +113,17 @@ def tokenizer_config(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any
 
 
 def calibration_rows(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Pieces of training modules of at least 256 tokens, one a module, in the order of their names' CRC32; then chats."""
+    """Pieces of training modules, at least 256 tokens each, one a module; then chats.
+
+    Which ones is decided by the CRC32 of their names.
+    """
     train, _ = split_heldout(library_documents())
     rows: list[dict[str, Any]] = []
     for document in sorted(train, key=lambda document: checksum(document.name)):
-        start = document.text.find("\n", checksum(document.name) % max(1, len(document.text) - CALIBRATION_CHARS)) + 1
+        start = (
+            document.text.find("\n", checksum(document.name) % max(1, len(document.text) - CALIBRATION_CHARS))
+            + 1
+        )
         piece = document.text[start : start + CALIBRATION_CHARS]
         piece = piece[: piece.rfind("\n") + 1]
         if len(tokenizer.encode(piece).ids) >= 256 and len(rows) < CALIBRATION_TEXTS:
@@ -149,7 +155,9 @@ def export(data: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Export the training state in MiniMax-M2's official FP8 layout.")
+    parser = argparse.ArgumentParser(
+        description="Export the training state in MiniMax-M2's official FP8 layout."
+    )
     parser.add_argument("--data", type=Path, default=Path("build/tiny-m27"), help="folder with state.pt")
     parser.add_argument("--out", type=Path, default=Path("examples/tiny-m27"), help="checkpoint folder")
     args = parser.parse_args()

@@ -1,9 +1,10 @@
 """The official FP8 layout of MiniMax-M2, written and read back.
 
 Matrices of attention and experts are E4M3 with one F32 multiplier per 128x128 block (`weight_scale_inv` =
-amax / 448, edge blocks are smaller); embedding, head and norms are BF16; router and selection bias are F32.  Two
-oddities of the official checkpoint are kept, because readers must cope with them: shards are numbered from 0 with a
-denominator that is not their count, and the index states the size the weights would have in BF16.
+amax / 448, edge blocks are smaller); embedding, head and norms are BF16; router and selection bias are F32.
+Two oddities of the official checkpoint are kept, because readers must cope with them: shards are numbered
+from 0 with a denominator that is not their count, and the index states the size that the weights would
+have in BF16.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def official_tensors(masters: Parameters, bias: Tensor, config: ModelConfig) -> 
 
 
 def shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The tensors in order, cut where a shard would grow beyond MAX_SHARD_BYTES (layers may straddle a cut)."""
+    """The tensors in order, cut where a shard would exceed MAX_SHARD_BYTES (a layer may straddle a cut)."""
     result: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -104,7 +105,9 @@ def write_weights(folder: Path, masters: Parameters, bias: Tensor, config: Model
     weight_map = {}
     for number, part in enumerate(parts):
         path = folder / f"model-{number:05d}-of-{len(parts) + 1:05d}.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in part.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in part.items()}, path, metadata={"format": "pt"}
+        )
         path.chmod(0o644)
         weight_map |= dict.fromkeys(part, path.name)
     bf16_size = 2 * sum(w.numel() for w in masters.values())
@@ -119,7 +122,9 @@ def read_dequantized(folder: Path) -> dict[str, Tensor]:
     for shard in sorted(set(index["weight_map"].values())):
         stored |= load_file(folder / shard)
     return {
-        name: dequantize_fp8(tensor, stored[f"{name}_scale_inv"]) if f"{name}_scale_inv" in stored else tensor.float()
+        name: dequantize_fp8(tensor, stored[f"{name}_scale_inv"])
+        if f"{name}_scale_inv" in stored
+        else tensor.float()
         for name, tensor in stored.items()
         if not name.endswith("_scale_inv")
     }

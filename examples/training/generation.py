@@ -11,8 +11,10 @@ NGRAM = 8
 
 
 @torch.no_grad()
-def generate_greedy(params: Parameters, bias: Tensor, prompts: Tensor, num_tokens: int, config: ModelConfig) -> Tensor:
-    """The most likely next token, `num_tokens` times; nothing else.  prompts [B, P] -> [B, P + num_tokens]."""
+def generate_greedy(
+    params: Parameters, bias: Tensor, prompts: Tensor, num_tokens: int, config: ModelConfig
+) -> Tensor:
+    """The most likely next token, `num_tokens` times, nothing else: prompts [B, P] -> [B, P + num_tokens]."""
     batch, prompt_len = prompts.shape
     ids = prompts.new_zeros(batch, prompt_len + num_tokens)
     ids[:, :prompt_len] = prompts

@@ -2,8 +2,8 @@
 
 The arithmetic is M2's (QK RMS-norm over the full projection, half-rotated heads, sigmoid routing whose bias
 only selects).  Parameters are a flat dict of tensors whose dtype decides the compute dtype: BF16 copies to
-train, F32 to measure.  The residual stream, norms' statistics and the router stay F32.  The mixture of experts
-and attention have hand-written backwards, which keeps training usable on two CPU cores.
+train, F32 to measure.  The residual stream, the norms' statistics and the router stay F32.  The mixture of
+experts and attention have hand-written backwards, which keeps training usable on two CPU cores.
 
 Shapes: B batch, T positions, N = B*T tokens, D hidden, E experts, I intermediate, K experts per token,
 H query heads, J key/value heads, d head dim, V vocabulary.
@@ -55,7 +55,8 @@ def init_parameters(config: ModelConfig, seed: int) -> Parameters:
     params["norm"] = torch.ones(D)
     for n in range(config.num_hidden_layers):
         layer = {
-            "input_norm": torch.ones(D), "post_norm": torch.ones(D), "q_norm": torch.ones(Q), "k_norm": torch.ones(KV),
+            "input_norm": torch.ones(D), "post_norm": torch.ones(D),
+            "q_norm": torch.ones(Q), "k_norm": torch.ones(KV),
             "q": normal(Q, D, std=D**-0.5), "k": normal(KV, D, std=D**-0.5), "v": normal(KV, D, std=D**-0.5),
             "o": normal(D, Q, std=0.3 * Q**-0.5), "router": normal(E, D, std=D**-0.5),
             "w13": normal(E, 2 * I, D, std=D**-0.5), "w2": normal(E, D, I, std=0.3 * I**-0.5),
@@ -66,7 +67,9 @@ def init_parameters(config: ModelConfig, seed: int) -> Parameters:
 
 def compute_copies(masters: Parameters, dtype: torch.dtype) -> Parameters:
     """Copies to compute with: everything in `dtype`, the router in F32."""
-    return {name: (w if name.endswith("router") else w.to(dtype)).detach().clone() for name, w in masters.items()}
+    return {
+        name: (w if name.endswith("router") else w.to(dtype)).detach().clone() for name, w in masters.items()
+    }
 
 
 class RMSNorm(torch.autograd.Function):
@@ -82,7 +85,7 @@ class RMSNorm(torch.autograd.Function):
         return (normed * w.float()).to(w.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]  # torch's is *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         normed, r, w = ctx.saved_tensors
         grad = grad.float()
         grad_w = (grad * normed).reshape(-1, normed.shape[-1]).sum(0)
@@ -92,7 +95,7 @@ class RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
-    result: Tensor = RMSNorm.apply(x, w, eps)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    result: Tensor = RMSNorm.apply(x, w, eps)
     return result
 
 
@@ -130,7 +133,7 @@ class CausalAttention(torch.autograd.Function):
         return torch.bmm(p, v).view(B, H, T, d)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # torch's is *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, p = ctx.saved_tensors
         B, H, J, T, d = ctx.shapes
         grad = grad.reshape(q.shape)
@@ -184,7 +187,7 @@ class MixtureOfExperts(torch.autograd.Function):
         return torch.bmm(coefficients.to(x.dtype).unsqueeze(1), y_NKD).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:  # type: ignore[override]  # torch's is *Any
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
         xs, coefficients, order, source, place, h, a, y_NKD, w13, w2 = ctx.saved_tensors
         (N, K), I = coefficients.shape, w2.shape[2]
         grad = grad.contiguous()
@@ -217,7 +220,7 @@ def route(h: Tensor, router: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, 
 
 @dataclass(slots=True)
 class KVCache:
-    """Keys (after norm and RoPE) and values of all layers, [layers, B, J, capacity, d]; `length` are filled."""
+    """Keys (after norm and RoPE) and values of all layers, [layers, B, J, capacity, d]."""
 
     keys: Tensor
     values: Tensor
@@ -235,7 +238,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int
     start, stop = cache.length, cache.length + q.shape[2]
     cache.keys[layer][:, :, start:stop], cache.values[layer][:, :, start:stop] = k, v
     if start == 0:
-        return CausalAttention.apply(q, k, v)  # type: ignore[no-any-return, no-untyped-call]  # torch leaves apply untyped
+        return CausalAttention.apply(q, k, v)
     assert T == 1, "after the prefill the cache takes one position at a time"
     keys, values = cache.keys[layer][:, :, :stop], cache.values[layer][:, :, :stop]
     return F.scaled_dot_product_attention(q.reshape(B, J, H // J, d), keys, values).reshape(B, H, 1, d)
@@ -250,14 +253,14 @@ def forward(
     loads: Tensor | None = None,
     taps: list[Tensor] | None = None,
     cache: KVCache | None = None,
-    choices: list[Tensor] | None = None,
+    scores: list[Tensor] | None = None,
 ) -> Tensor:
     """Final normed hidden states [B*T, D]; logits are `F.linear(result, params["head"])`.
 
     bias: F32 [layers, E].  ids: int64 [B, T].
     loads: F32 [layers, E], gets each expert's chosen tokens added.
     taps: gets the residual stream before the first and after every layer, F32 [B*T, D].
-    choices: gets each layer's router scores F32 [B*T, E], for statistics.
+    scores: gets each layer's router scores before the bias, F32 [B*T, E].
     """
     (B, T), eps = ids.shape, config.rms_norm_eps
     H, J, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -273,15 +276,15 @@ def forward(
         k = rms_norm(F.linear(h, p["k"]), p["k_norm"], eps).view(B, T, J, d).transpose(1, 2)
         v = F.linear(h, p["v"]).view(B, T, J, d).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        attended = CausalAttention.apply(q, k, v) if cache is None else cached_attention(q, k, v, cache, n)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        attended = CausalAttention.apply(q, k, v) if cache is None else cached_attention(q, k, v, cache, n)
         x = x + F.linear(attended.transpose(1, 2).reshape(B * T, -1), p["o"])
         h = rms_norm(x, p["post_norm"], eps)
         coefficients, chosen = route(h, p["router"], bias[n], config.num_experts_per_tok)
         if loads is not None:
             loads[n] += torch.bincount(chosen.reshape(-1), minlength=config.num_local_experts)
-        if choices is not None:
-            choices.append(torch.sigmoid(F.linear(h.float(), p["router"].float())))
-        x = x + MixtureOfExperts.apply(h, coefficients, chosen, p["w13"], p["w2"])  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        if scores is not None:
+            scores.append(torch.sigmoid(F.linear(h.float(), p["router"].float())))
+        x = x + MixtureOfExperts.apply(h, coefficients, chosen, p["w13"], p["w2"])
         if taps is not None:
             taps.append(x)
     if cache:

@@ -31,7 +31,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 class Optimizer:
     """Owns the F32 `masters` and keeps the compute `copies` equal to them."""
 
-    def __init__(self, masters: dict[str, Tensor], copies: dict[str, Tensor], muon_lr: float, adam_lr: float) -> None:
+    def __init__(
+        self, masters: dict[str, Tensor], copies: dict[str, Tensor], muon_lr: float, adam_lr: float
+    ) -> None:
         self.masters, self.copies, self.muon_lr, self.adam_lr = masters, copies, muon_lr, adam_lr
         self.first = {name: torch.zeros_like(w) for name, w in masters.items()}
         self.second = {name: torch.zeros_like(w) for name, w in masters.items() if not self.is_matrix(name)}
@@ -47,7 +49,9 @@ class Optimizer:
         norm = torch.sqrt(torch.stack([g.square().sum() for g in grads.values()]).sum()).item()
         self._muon({name: g for name, g in grads.items() if self.is_matrix(name)}, lr_scale * self.muon_lr)
         clip = min(1.0, 1.0 / (norm + 1e-6))
-        self._adam({name: g * clip for name, g in grads.items() if not self.is_matrix(name)}, lr_scale * self.adam_lr)
+        self._adam(
+            {name: g * clip for name, g in grads.items() if not self.is_matrix(name)}, lr_scale * self.adam_lr
+        )
         for name, copy in self.copies.items():
             copy.data.copy_(self.masters[name])
         return norm
@@ -59,7 +63,9 @@ class Optimizer:
             update = grad.lerp(momentum, 0.95)
             if name.endswith("w13"):  # gate and up are matrices of their own
                 update = update.view(2 * update.shape[0], -1, update.shape[2])
-            groups.setdefault(tuple(update.shape[-2:]), []).append((name, update.reshape(-1, *update.shape[-2:])))
+            groups.setdefault(tuple(update.shape[-2:]), []).append(
+                (name, update.reshape(-1, *update.shape[-2:]))
+            )
         for (rows, columns), members in groups.items():
             directions = orthogonalise(torch.cat([update for _, update in members]))
             scaled = lr * max(1.0, rows / columns) ** 0.5

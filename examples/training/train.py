@@ -1,12 +1,12 @@
 """Train tiny-m27.  Seeded, resumable, on a CPU or a GPU.
 
-    python train.py --data build/tiny-m27 --steps 2000
+    python train.py --data build/tiny-m27
 
-The learning rate is constant and then falls linearly to zero over the last part (`--decay`), so that a run can be
-shortened by resuming with fewer --steps.  The last part reads longer windows too.  From `--unlikelihood` on,
-the model also writes greedy text from training prompts, and tokens that complete an 8-gram for the second time
-are made less likely (sequence-level unlikelihood, Welleck et al. 2020, arXiv:1908.04319): a small model that
-is trained on likelihood alone falls into loops when it decodes greedily.
+The learning rate is constant and then falls linearly to zero over the last part (`--decay`), so that a run
+can be shortened by resuming with fewer --steps.  The last part reads longer windows too.  From
+`--unlikelihood` on, the model also writes greedy text from training prompts, and tokens that complete an
+8-gram for the second time are made less likely (sequence-level unlikelihood, Welleck et al. 2020,
+arXiv:1908.04319): a small model trained on likelihood alone falls into loops when it decodes greedily.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -66,7 +65,7 @@ def windows(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def batch(tokens: Tensor, step: int, size: int, length: int, seed: int) -> Tensor:
-    """The step's [size, length + 1] windows: every epoch a new offset and order, all a function of seed and step."""
+    """The step's [size, length + 1] windows; offset and order change every epoch, decided by the seed."""
     steps_per_epoch = (len(tokens) - 1) // length // size - 1
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step // steps_per_epoch)
     offset = int(torch.randint(length, (), generator=generator))
@@ -76,18 +75,22 @@ def batch(tokens: Tensor, step: int, size: int, length: int, seed: int) -> Tenso
 
 
 def prompts(tokens: Tensor, count: int, seed: int) -> Tensor:
-    starts = torch.randint(len(tokens) - PROMPT_LEN, (count, 1), generator=torch.Generator().manual_seed(seed))
+    starts = torch.randint(
+        len(tokens) - PROMPT_LEN, (count, 1), generator=torch.Generator().manual_seed(seed)
+    )
     return tokens[starts + torch.arange(PROMPT_LEN)]
 
 
 def unigram_perplexity(train: Tensor, heldout: Tensor, vocab_size: int) -> float:
-    """Of training counts plus one, on the held-out tokens that a model's perplexity counts (all but the first)."""
+    """Of training counts plus one, on the held-out tokens that a model predicts (all but the first)."""
     counts = torch.bincount(train, minlength=vocab_size).double() + 1
     return math.exp(-(counts / counts.sum()).log()[heldout[1:]].mean().item())
 
 
 @torch.no_grad()
-def perplexity(params: Parameters, bias: Tensor, tokens: Tensor, config: ModelConfig, length: int = 256) -> float:
+def perplexity(
+    params: Parameters, bias: Tensor, tokens: Tensor, config: ModelConfig, length: int = 256
+) -> float:
     """exp of the mean negative log-likelihood over non-overlapping windows of `length` tokens."""
     inputs, targets = windows(tokens, length)
     total = 0.0
@@ -99,7 +102,7 @@ def perplexity(params: Parameters, bias: Tensor, tokens: Tensor, config: ModelCo
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Greedy text written by the model itself, with the tokens that repeat an 8-gram marked: both [texts, L]."""
+    """Greedy text of the model itself, with the tokens that repeat an 8-gram marked: both [texts, L]."""
 
     ids: Tensor
     repeated: Tensor
@@ -132,8 +135,10 @@ class Model:
     bias: Tensor
     config: ModelConfig
 
-    def gradients(self, rows: Tensor, texts: Texts | None, weight: float) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """(loss [], loads [layers, E], one gradient a parameter) of the windows `rows` [B, length + 1] and texts."""
+    def gradients(
+        self, rows: Tensor, texts: Texts | None, weight: float
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(loss [], loads [layers, E], a gradient per parameter) of windows [B, length + 1] and texts."""
         loads = torch.zeros_like(self.bias)
         hidden = forward(self.params, self.bias, rows[:, :-1], self.config, loads=loads)
         loss = F.cross_entropy(F.linear(hidden, self.params["head"]).float(), rows[:, 1:].reshape(-1))
@@ -146,8 +151,8 @@ class Model:
 class Workers:
     """Threads that each take an equal share of a batch.
 
-    A share runs on one thread from end to end: on a machine that others use too, that is several times faster than
-    splitting every product among the threads, where each one waits for the slowest.
+    A share runs on one thread from end to end, so that the threads meet once a step.  Where every product is
+    split among threads instead, each of them waits for the slowest, which costs most on a shared machine.
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
@@ -164,7 +169,11 @@ class Workers:
         results = list(self.pool.map(model.gradients, rows.chunk(self.count), shares, [weight] * self.count))
         losses, loads, grads = zip(*results, strict=True)
         means = [torch.stack([g.float() for g in parts]).mean(0) for parts in zip(*grads, strict=True)]
-        return torch.stack(losses).mean(), torch.stack(loads).sum(0), dict(zip(model.params, means, strict=True))
+        return (
+            torch.stack(losses).mean(),
+            torch.stack(loads).sum(0),
+            dict(zip(model.params, means, strict=True)),
+        )
 
     def write(self, model: Model, starts: Tensor) -> Texts:
         parts = self.pool.map(
@@ -178,7 +187,7 @@ def save(path: Path, optimizer: Optimizer, bias: Tensor, step: int, seconds: flo
     """Replace the state whole: a reader sees the old one or the new one."""
     state = {"masters": optimizer.masters, "bias": bias, "step": step, "seconds": seconds}
     torch.save(state | {"optimizer": optimizer.state()}, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    path.with_suffix(".part").replace(path)
 
 
 def train(args: argparse.Namespace) -> Iterator[dict[str, float]]:
@@ -186,7 +195,9 @@ def train(args: argparse.Namespace) -> Iterator[dict[str, float]]:
     torch.manual_seed(args.seed)
     device, config = torch.device(args.device), ModelConfig()
     schedule = Schedule(args.steps, args.decay, args.unlikelihood)
-    train_tokens, heldout = (load_tokens(args.data / f"{split}.bin").to(device) for split in ("train", "heldout"))
+    train_tokens, heldout = (
+        load_tokens(args.data / f"{split}.bin").to(device) for split in ("train", "heldout")
+    )
     sample = windows(heldout, 256)[0][::6].reshape(-1)
     masters = {name: w.to(device) for name, w in init_parameters(config, args.seed).items()}
     bias = torch.zeros(config.num_hidden_layers, config.num_local_experts, device=device)
@@ -232,21 +243,27 @@ def train(args: argparse.Namespace) -> Iterator[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train tiny-m27.")
-    parser.add_argument("--data", type=Path, default=Path("build/tiny-m27"), help="folder that corpus.py filled")
-    parser.add_argument("--steps", type=int, default=2000, help="steps in all, of 6144 tokens")
+    parser.add_argument(
+        "--data", type=Path, default=Path("build/tiny-m27"), help="folder that corpus.py filled"
+    )
+    parser.add_argument("--steps", type=int, default=832, help="steps in all, of 6144 tokens")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's state.pt")
-    parser.add_argument("--decay", type=float, default=0.45, help="last part of the steps, in which the rate falls")
+    parser.add_argument(
+        "--decay", type=float, default=0.5, help="last part of the steps, in which the rate falls"
+    )
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--bias-rate", type=float, default=0.002, help="nudge of the selection bias per step")
-    parser.add_argument("--unlikelihood", type=float, default=0.7, help="part of the steps before it begins")
-    parser.add_argument("--unlikelihood-weight", type=float, default=0.5)
+    parser.add_argument("--unlikelihood", type=float, default=0.62, help="part of the steps before it begins")
+    parser.add_argument("--unlikelihood-weight", type=float, default=1.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=2, help="shares of a batch computed side by side on a CPU")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="shares of a batch computed side by side on a CPU"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     mode = "a" if args.resume else "w"
-    with open(args.data / "train_log.jsonl", mode, encoding="utf-8") as log:
+    with (args.data / "train_log.jsonl").open(mode, encoding="utf-8") as log:
         for record in train(args):
             line = json.dumps({key: round(value, 4) for key, value in record.items()})
             print(line, flush=True)
