@@ -185,7 +185,9 @@ class _Weights:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a synthetic MiniMax-M2 checkpoint and calibration rows.")
+    parser = argparse.ArgumentParser(
+        description="Write a synthetic MiniMax-M2 checkpoint and calibration rows."
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--experts", type=int, default=256)

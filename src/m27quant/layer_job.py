@@ -30,7 +30,7 @@ from m27quant.checkpoint.writer import ShardSet, WrittenFile, open_shards
 from m27quant.pack import PackStats, stream_experts
 from m27quant.plan import Plan, Unit, norm_and_router_names
 from m27quant.progress import Progress, ProgressCallback
-from m27quant.runtime.layer import Assignment, RouterWeights
+from m27quant.runtime.layer import Assignments, RouterWeights
 from m27quant.runtime.loader import attention_weights, refuse_non_finite, router_weights
 
 FP8_MAX = 448.0
@@ -161,7 +161,7 @@ def _attention(
     router: RouterWeights,
     ranges: LayerRanges,
     reporter: _Reporter,
-) -> list[list[Assignment]]:
+) -> list[Assignments]:
     """Read attention once: its BF16 weights go to the shard and through the tokens."""
     weights = attention_weights(job.source, layer, job.device)
     for projection in names.ATTENTION_PROJECTIONS:

@@ -73,12 +73,12 @@ def run_attention(
     ranges: LayerRanges,
     dropped: Dropped,
     tick: Callable[[Chunk], None],
-) -> list[list[M.Assignment]]:
-    """x := x + attention(norm(x)) in `rows`; returns per chunk and expert the tokens that are routed to it.
+) -> list[M.Assignments]:
+    """x := x + attention(norm(x)) in `rows`; returns per chunk which tokens each expert gets.
 
     K is observed after norm and rotation, V as projected, the MoE input after its norm.
     """
-    routed: list[list[M.Assignment]] = []
+    routed: list[M.Assignments] = []
     for chunk in chunks:
         x = rows.read(chunk)
         rotary = M.rotary_table(_positions(chunk, x.device), config, x.dtype)
@@ -147,7 +147,7 @@ def run_experts(
     chunks: Sequence[Chunk],
     rows: Rows,
     out: Rows,
-    routed: Sequence[Sequence[M.Assignment]],
+    routed: Sequence[M.Assignments],
     router: M.RouterWeights,
     config: M2Config,
     ranges: LayerRanges,
@@ -208,7 +208,7 @@ def _finite_amax(
 
 
 def count_tokens(
-    routed: Sequence[Sequence[M.Assignment]],
+    routed: Sequence[M.Assignments],
     chunks: Sequence[Chunk],
     dropped: Dropped,
     ranges: LayerRanges,
@@ -216,7 +216,7 @@ def count_tokens(
     full: bool,
 ) -> None:
     """Fill in how many tokens each expert saw and how many were routed to it, dropped sequences left out."""
-    num_experts = len(routed[0])
+    num_experts = len(routed[0].num_tokens)
     counts = [0] * num_experts
     alive_tokens = 0
     for assigned, chunk in zip(routed, chunks, strict=True):
@@ -227,8 +227,8 @@ def count_tokens(
             ]
         )
         alive_tokens += int(alive.sum())
-        for expert, to in enumerate(assigned):
-            counts[expert] += int(alive[to.rows.cpu()].sum()) if dropped.sequences else len(to.rows)
+        for expert, count in enumerate(assigned.num_tokens):
+            counts[expert] += int(alive[assigned[expert].rows.cpu()].sum()) if dropped.sequences else count
     ranges.routed_tokens = counts
     ranges.seen_tokens = [alive_tokens] * num_experts if full else list(counts)
 

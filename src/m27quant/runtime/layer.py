@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -137,14 +138,32 @@ class Assignment:
     weights: torch.Tensor
 
 
-def assignments(routing: Routing, num_experts: int) -> list[Assignment]:
-    """Per expert the tokens routed to it, in token order."""
+@dataclass(frozen=True, slots=True)
+class Assignments:
+    """What each of E experts gets of some tokens: two tensors for all, sorted by expert, then by token."""
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+    bounds: list[int]
+    """[E + 1]: expert e has the elements from bounds[e] to bounds[e + 1]."""
+
+    def __getitem__(self, expert: int) -> Assignment:
+        part = slice(self.bounds[expert], self.bounds[expert + 1])
+        return Assignment(self.rows[part], self.weights[part])
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Per expert how many tokens it gets."""
+        return [end - begin for begin, end in pairwise(self.bounds)]
+
+
+def assignments(routing: Routing, num_experts: int) -> Assignments:
+    """Sort a routing by expert, keeping the order of tokens."""
     flat = routing.experts.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=num_experts).tolist()
-    rows = torch.split(order // routing.experts.shape[1], counts)
-    weights = torch.split(routing.weights.reshape(-1)[order], counts)
-    return [Assignment(r, w) for r, w in zip(rows, weights, strict=True)]
+    rows = order // routing.experts.shape[1]
+    return Assignments(rows, routing.weights.reshape(-1)[order], [0, *accumulate(counts)])
 
 
 def add_expert(y_TD: torch.Tensor, act_NI: torch.Tensor, w2_DI: torch.Tensor, to: Assignment) -> None:

@@ -49,7 +49,8 @@ def _moe(
     h = M.moe_input(x, weights, config)
     routed = M.assignments(M.route(h, weights, config.num_experts_per_tok), config.num_local_experts)
     y = torch.zeros_like(h)
-    for expert, to in enumerate(routed):
+    for expert in range(config.num_local_experts):
+        to = routed[expert]
         if not len(to.rows):
             continue
         w1, w2, w3 = (
