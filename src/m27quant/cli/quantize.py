@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,6 +114,8 @@ def quantize(
     if moe_calib not in (None, "full", "natural"):
         raise typer.BadParameter(f"{moe_calib!r} is neither full nor natural", param_hint="--moe-calib")
     output = Output.open(json=json, quiet=quiet, verbose=verbose)
+    # Read when torch's thread pool is loaded: threads that spin at barriers make a shared machine crawl.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from m27quant.prepare import DEFAULT_SHARD_BYTES, Options
     from m27quant.quantize import quantize_checkpoint
 
