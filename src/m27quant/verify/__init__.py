@@ -1,0 +1,1 @@
+"""Proving a checkpoint right for the engines that will load it."""
