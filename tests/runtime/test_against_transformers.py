@@ -36,14 +36,18 @@ FAR = 100 * LOGIT_ATOL
 
 @pytest.fixture(params=[*SHAPES, "tiny-m27"])
 def checkpoint(request: pytest.FixtureRequest, repository: Path, tmp_path: Path) -> Path:
-    """An FP8 source; the random ones have a selection bias of the official model's size, where BF16 is coarse."""
+    """An FP8 source; the random ones have a selection bias of the official model's size, where BF16 is coarse.
+
+    Their other constants are not the official ones, so that nothing passes that does not read config.json.
+    """
     if request.param == "tiny-m27":
         return repository / "examples/tiny-m27"
     tensors = random_tensors(SHAPES[request.param])
     for name in tensors:
         if name.endswith("e_score_correction_bias"):
             tensors[name] += 9
-    return write_checkpoint(tmp_path / "fp8", SHAPES[request.param], tensors=stored(tensors))
+    config = SHAPES[request.param].config() | {"rms_norm_eps": 1e-3, "rope_theta": 700}
+    return write_checkpoint(tmp_path / "fp8", SHAPES[request.param], tensors=stored(tensors), config=config)
 
 
 @pytest.fixture
