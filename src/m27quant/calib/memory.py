@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,20 @@ import torch
 
 from m27quant.checkpoint.config import M2Config
 from m27quant.errors import EnvironmentFault
+from m27quant.kernels.dispatch import choose
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens per chunk: part of the computation's identity, as a product's last bit may depend on it."""
 MAX_GROUP = 16
 """More experts at once than this save nothing: the chunk's norm is recomputed once per group."""
-ALLOCATOR_SLACK = 192 * 2**20
-"""Freed blocks that the C library keeps, thread stacks, code loaded late."""
+LATE_CODE = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Code loaded during the work: matrix products, on a GPU also Triton's compiler."""
+PER_THREAD = 4 * 2**20
+"""A thread's stack, its heap and its scratch for attention and products."""
+HEAP_RETENTION = 256 * 2**20
+"""Most that the C library was seen to keep of freed transients: blocks above 32 MiB it gives back at once."""
+PLAIN_PACKING = 128 * 2**20
+"""What packing in plain torch takes for one strip of a matrix, where there is no compiled core."""
 CONTROL_GROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -84,51 +92,70 @@ def plan_memory(
     """
     on_gpu = device.type == "cuda"
     room = min(budget, int(torch.cuda.mem_get_info(device)[0] * 0.92)) if on_gpu else budget
-    base = rss_bytes() + ALLOCATOR_SLACK
+    base = rss_bytes() + LATE_CODE[device.type] + PER_THREAD * torch.get_num_threads()
     chunk = chunk_tokens or min(CHUNK_TOKENS[device.type], max(num_tokens, 1))
     while True:
-        fixed = (
-            (0 if on_gpu else base)
-            + _routing_bytes(config, num_tokens)
-            + _work_bytes(config, max(chunk, longest))
-        )
-        expert = _expert_bytes(config)
-        if fixed + expert <= room or chunk_tokens or chunk <= longest or chunk <= 256:
+        tokens = max(chunk, longest)
+        fixed = _routing_bytes(config, num_tokens, chunk) + (0 if on_gpu else base)
+        host = base + _host_bytes(config, tokens) if on_gpu else 0
+        least = fixed + _layer_bytes(config, tokens, 1, device)
+        if (least <= room and host <= budget) or chunk_tokens or chunk <= longest or chunk <= 256:
             break
         chunk //= 2
-    if fixed + expert > room:
+    if least > room or host > budget:
         raise EnvironmentFault(
-            f"--max-memory {budget / 2**30:.1f} GiB is too little: this model with these data needs "
-            f"{(fixed + expert) / 2**30:.1f} GiB",
+            f"--max-memory {budget / 2**30:.2f} GiB is too little: this model with these data needs "
+            f"{math.ceil(max(least, host) / 2**30 * 10) / 10} GiB",
             hint="raise --max-memory, or use shorter sequences (--seq-len)",
         )
+    most = min(MAX_GROUP, config.num_local_experts)
     rows = 2 * num_tokens * config.hidden_size * 2
-    in_memory = fixed + min(4, MAX_GROUP) * expert + rows <= room
-    left = room - fixed - (rows if in_memory else 0)
-    group = max(1, min(MAX_GROUP, config.num_local_experts, left // expert))
-    used = fixed + group * expert + (rows if in_memory else 0)
-    host = base + 3 * expert + PIECE_BYTES * 3 if on_gpu else used
-    return MemoryPlan(chunk, in_memory, group, host, used if on_gpu else 0)
+    in_memory = fixed + rows + _layer_bytes(config, tokens, min(4, most), device) <= room
+    fixed += rows if in_memory else 0
+    layer = [_layer_bytes(config, tokens, group, device) for group in range(1, most + 1)]
+    group = max([g for g, needed in enumerate(layer, start=1) if fixed + needed <= room], default=1)
+    used = fixed + layer[group - 1]
+    return MemoryPlan(chunk, in_memory, group, *((host, used) if on_gpu else (used, 0)))
 
 
-def _expert_bytes(c: M2Config) -> int:
-    """One expert: FP8 as read (twice, for the one read ahead), BF16 for the product, packed output, one F32 copy."""
-    elements = 3 * c.hidden_size * c.intermediate_size
-    return elements * 2 + elements * 2 + elements + 4 * c.hidden_size * c.intermediate_size
+def _layer_bytes(c: M2Config, tokens: int, group: int, device: torch.device) -> int:
+    """Peak of one layer beside the rows, with chunks of `tokens` tokens and `group` experts at once.
+
+    The attention and the experts take turns.  Freed transients are partly kept by the allocator.
+    """
+    attention_weights = 2 * c.hidden_size * (2 * c.q_size + 2 * c.kv_size)
+    attention = tokens * _attention_bytes_per_token(c)
+    expert = 3 * c.hidden_size * c.intermediate_size
+    stored = expert * (1 if c.weight_block_size else 2)
+    # packing one expert while the next is read, or calibrating with the next one read
+    packing = stored + (PLAIN_PACKING if choose("nvfp4_pack", device).backend == "reference" else expert)
+    experts = group * 2 * expert + stored + max(packing, tokens * _expert_bytes_per_token(c))
+    transients = tokens * max(_attention_bytes_per_token(c), _expert_bytes_per_token(c))
+    return max(attention_weights + attention, experts) + min(HEAP_RETENTION, 3 * transients) + PIECE_BYTES
 
 
-def _routing_bytes(c: M2Config, num_tokens: int) -> int:
-    return num_tokens * c.num_experts_per_tok * 16 + num_tokens * 16
+def _attention_bytes_per_token(c: M2Config) -> int:
+    """At the attention core: x, h and three of theirs; q, rotated q, wide k and v, output twice; narrow k and v.
+
+    The norm of q, in F32, and the router need less.
+    """
+    return 2 * (6 * c.q_size + 4 * c.kv_size + 3 * c.hidden_size) + 4 * 4 * c.num_local_experts
 
 
-def _work_bytes(c: M2Config, tokens: int) -> int:
-    """Transients of one chunk: the wider of the attention's and the experts'; attention weights in BF16."""
-    weights = 2 * c.hidden_size * (2 * c.q_size + 2 * c.kv_size) * 2
-    attention = tokens * (c.q_size * (4 * 4 + 2 * 3) + c.hidden_size * (4 * 3 + 2 * 3))
-    experts = tokens * (
-        c.hidden_size * (4 * 3 + 2 * 4) + c.intermediate_size * 2 * 5 + c.num_local_experts * 4 * 4
-    )
-    return max(weights + attention, experts) + PIECE_BYTES
+def _expert_bytes_per_token(c: M2Config) -> int:
+    """An expert that all tokens are routed to: h, y, the activation and its routed rows, three times F32 [D]."""
+    return c.hidden_size * (2 * 2 + 3 * 4) + c.intermediate_size * 2 * 2
+
+
+def _routing_bytes(c: M2Config, num_tokens: int, chunk: int) -> int:
+    """Row and weight per assignment; bounds per chunk and expert."""
+    return num_tokens * c.num_experts_per_tok * 12 + (num_tokens // chunk + 1) * c.num_local_experts * 64
+
+
+def _host_bytes(c: M2Config, tokens: int) -> int:
+    """Resident memory beside the accelerator's: experts as read and as packed, chunks on their way to a file."""
+    expert = 3 * c.hidden_size * c.intermediate_size
+    return 3 * expert * (1 if c.weight_block_size else 2) + 3 * tokens * c.hidden_size * 2 + 3 * PIECE_BYTES
 
 
 def threads() -> int:
