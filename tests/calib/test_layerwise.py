@@ -70,8 +70,8 @@ def run(tmp_path: Path) -> Run:
         write_checkpoint(folder / "model", SHAPE, fp8=False, tensors=tensors)
         data = folder / "rows.jsonl"
         data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
-        options = {"dataset": str(data), "num_samples": len(rows), "device": "cpu"} | options
-        report = quantize_checkpoint(str(folder / "model"), folder / "out", **options).report
+        chosen: dict[str, Any] = {"dataset": str(data), "num_samples": len(rows), "device": "cpu"}
+        report = quantize_checkpoint(str(folder / "model"), folder / "out", **chosen | options).report
         assert report == json.loads((folder / "out" / "quantization_report.json").read_text())
         return Outcome(read_tensors(folder / "out"), report)
 

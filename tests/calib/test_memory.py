@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -118,7 +119,7 @@ def test_the_default_budget_heeds_a_containers_limit(
     class Free:
         available = 10 * GIB - BASE
 
-    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: Free)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Free)
     monkeypatch.setattr(memory, "CONTROL_GROUP_LIMITS", (tmp_path / "memory.max", tmp_path / "absent"))
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit + "\n")

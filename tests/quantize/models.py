@@ -73,8 +73,8 @@ def quantized(model: Model, out: Path, source: Path | None = None, **options: An
     """OUT after a quantization on the CPU with the model's rows, from its folder or from `source`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = model.write_rows(out.parent / "rows.jsonl")
-    options = {"dataset": [str(rows)], "num_samples": len(model.rows), "device": "cpu"} | options
-    quantize_checkpoint(str(source or model.folder), out, **options)
+    chosen: dict[str, Any] = {"dataset": [str(rows)], "num_samples": len(model.rows), "device": "cpu"}
+    quantize_checkpoint(str(source or model.folder), out, **chosen | options)
     return out
 
 

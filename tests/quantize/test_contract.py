@@ -156,7 +156,8 @@ def test_every_scale_is_a_positive_number(out: Path) -> None:
 
 def test_the_index_is_the_truth(model: Model, out: Path) -> None:
     index = json.loads((out / "model.safetensors.index.json").read_text())
-    found, total = {}, 0
+    found: dict[str, str] = {}
+    total = 0
     for path in out.glob("*.safetensors"):
         header, _, begin = parsed_header(path)
         found |= dict.fromkeys(header, path.name)

@@ -148,3 +148,18 @@ def test_ids_outside_of_the_vocabulary_are_refused(bad: list[int], tmp_path: Pat
 
     with pytest.raises(UsageError, match="0 to 255"):
         ours(write_checkpoint(tmp_path / "fp8"), torch.tensor(bad))
+
+
+def test_a_checkpoint_that_transformers_saved_is_read(tmp_path: Path) -> None:
+    """A BF16 fine-tune: its rotation stands in `rope_parameters`, its router is BF16."""
+    checkpoint = write_checkpoint(tmp_path / "fp8", SHAPES["gqa2"])
+    model = transformers_model(checkpoint, tmp_path / "copy").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="200KB")
+    raw = raw_config(tmp_path / "saved")
+    assert "rope_theta" not in raw
+    assert raw["rope_parameters"]["partial_rotary_factor"] == 10 / 24
+    again = MiniMaxM2ForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=torch.float32, experts_implementation="eager"
+    )
+    ids = torch.arange(100)
+    assert distance(ours(tmp_path / "saved", ids), theirs(again, ids)) <= LOGIT_ATOL
