@@ -116,10 +116,16 @@ class Source:
             self.headers[path] = read_header(path)
         if missing:
             shown = ", ".join(escape(s) for s in missing[:5]) + (" ..." if len(missing) > 5 else "")
+            message = f"{len(missing)} of the index's {len(by_shard)} shards are missing: {shown}"
+            if self.location.repo_id:  # the Hub's cache is incomplete, which is no fault of the checkpoint
+                raise EnvironmentFault(
+                    f"{self.location.repo_id}: {message}",
+                    hint="fetch them where there is a network: "
+                    f"hf download {self.location.repo_id} --revision {self.location.commit}",
+                )
             raise CheckpointError(
-                f"{escape(self.folder)}: {len(missing)} of the index's {len(by_shard)} shards are missing: {shown}",
-                hint=f"fetch them: hf download {self.location.repo_id or 'ORG/NAME'} {escape(missing[0])} "
-                f"--local-dir {escape(self.folder)}",
+                f"{escape(self.folder)}: {message}",
+                hint=f"fetch them: hf download ORG/NAME {escape(missing[0])} --local-dir {escape(self.folder)}",
             )
         tensors = {}
         for shard, names in by_shard.items():
