@@ -320,6 +320,11 @@ def config(**fields: Any) -> Change:
     return change
 
 
+def edit_spacing(name: str) -> Change:
+    """The same object in other bytes."""
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes() + b"\n")
+
+
 def quantization(**fields: Any) -> Change:
     """Set fields of config.json's quantization_config."""
 
