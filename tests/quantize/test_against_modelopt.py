@@ -120,6 +120,20 @@ def assert_same_configs(theirs: Path, mine: Path) -> None:
     assert json.dumps(a) == json.dumps(b)
 
 
+def test_a_cold_expert_is_measured_as_modelopt_measures_it(tmp_path: Path) -> None:
+    """Every token goes through it for its range alone, none for the next layer's input."""
+    model = random_model(tmp_path, SHAPES["gqa2"], seed=4)
+    for layer in range(2):
+        model.tensors[f"model.layers.{layer}.block_sparse_moe.e_score_correction_bias"][3] = -100
+    write_checkpoint(model.folder, SHAPES["gqa2"], tensors=model.tensors)
+    theirs = read_tensors(modelopts(model, tmp_path / "modelopt", oracle.unpadded(model.rows)))
+    mine = read_tensors(quantized(model, tmp_path / "ours"))
+    assert_bytes_equal(theirs, mine)
+    assert max(steps(theirs, mine).values()) <= AMAX_BF16_STEPS
+    report = json.loads((tmp_path / "ours" / "quantization_report.json").read_text())
+    assert report["summary"]["coverage"]["cold_experts"] == 2
+
+
 def test_the_bf16_copy_gives_the_same_tensors_as_the_fp8_source(tmp_path: Path) -> None:
     shape = SHAPES["gqa2"]
     model = random_model(tmp_path, shape)
@@ -147,8 +161,10 @@ def test_the_other_recipes_are_modelopts_too(recipe: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["gqa2", "gqa4"])
 def test_natural_coverage_is_modelopt_without_a_ratio(name: str, tmp_path: Path) -> None:
-    """Routed tokens only, then one range per projection for all experts of a layer."""
+    """Routed tokens only, then one range per projection for all experts of a layer, also for one that is cold."""
     model = random_model(tmp_path, SHAPES[name], seed=1)
+    model.tensors["model.layers.1.block_sparse_moe.e_score_correction_bias"][0] = -100
+    write_checkpoint(model.folder, SHAPES[name], tensors=model.tensors)
     theirs = read_tensors(modelopts(model, tmp_path / "modelopt", oracle.unpadded(model.rows), ratio=None))
     mine = read_tensors(quantized(model, tmp_path / "ours", moe_calib="natural"))
     assert_bytes_equal(theirs, mine)
