@@ -1,0 +1,46 @@
+"""JUnit XML: one test case per check, for GitLab, Jenkins, Azure, CircleCI and GitHub's report actions."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from m27quant.report.text import line, location, paragraph
+
+if TYPE_CHECKING:
+    from m27quant.verify.findings import Finding, VerifyResult
+
+
+def render(result: VerifyResult, *, fail_on: str = "error") -> str:
+    """Checks with findings of severity `fail_on` or worse are failures; milder ones are the case's output."""
+    by_code: dict[str, list[Finding]] = {code: [] for code in result.checks_run}
+    for finding in result.findings:
+        by_code.setdefault(finding.check.code, []).append(finding)
+    failing = {"error"} if fail_on == "error" else {"error", "warning"}
+    failures = sum(any(f.severity in failing for f in found) for found in by_code.values())
+    counts = {"tests": str(len(by_code)), "failures": str(failures), "errors": "0", "skipped": "0"}
+    root = ET.Element("testsuites", {"name": "m27quant verify", **counts})
+    suite = ET.SubElement(root, "testsuite", {"name": line(result.checkpoint), **counts})
+    for code, found in by_code.items():
+        _case(suite, result, code, found, failing)
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode", xml_declaration=True)
+
+
+def _case(
+    suite: ET.Element, result: VerifyResult, code: str, found: Sequence[Finding], failing: set[str]
+) -> None:
+    check = found[0].check if found else None
+    name = f"{line(code)} {line(check.title)}" if check else line(code)
+    family = line(check.family) if check else "verify"
+    case = ET.SubElement(suite, "testcase", {"classname": f"m27quant.{family}", "name": name})
+    if not found:
+        return
+    case.set("file", location(result, found[0]))
+    text = "\n\n".join(paragraph(f) for f in found)
+    if any(f.severity in failing for f in found):
+        attributes = {"message": line(found[0].message), "type": found[0].severity.value}
+        ET.SubElement(case, "failure", attributes).text = text
+    else:
+        ET.SubElement(case, "system-out").text = text
