@@ -49,7 +49,7 @@ class Source:
         self.folder = location.folder
         self.config: M2Config
         self.raw_config: dict[str, Any]
-        self.config, self.raw_config = read_config(self.folder)
+        self.config, self.raw_config = self._read_config()
         self.warnings: list[str] = []
         self.headers: dict[Path, Header] = {}
         self.tensors = self._locate_tensors()
@@ -69,6 +69,9 @@ class Source:
             for fd in self._files.values():
                 os.close(fd)
             self._files.clear()
+
+    def _read_config(self) -> tuple[M2Config, dict[str, Any]]:
+        return read_config(self.folder)
 
     # -- where everything is ------------------------------------------------------------------
 

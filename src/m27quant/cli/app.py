@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import m27quant
-from m27quant.cli import env, quantize
+from m27quant.cli import env, inspect, quantize
 from m27quant.cli.output import Mode, Output
 from m27quant.cli.recipe import recipe_app
 from m27quant.errors import EnvironmentFault, Interrupted, M27Error, UsageError
@@ -59,6 +59,7 @@ def _program(
 app.add_typer(recipe_app, name="recipe")
 app.command("env")(env.env)
 app.command("quantize")(quantize.quantize)
+app.command("inspect")(inspect.inspect)
 
 
 class _Stop:
