@@ -35,6 +35,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs a CUDA device")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Figures that tests measured (`record_property`) and did not judge, from whichever worker they came."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            test = report.nodeid.rpartition("::")[2]
+            terminalreporter.write_line(f"measured in {test}: {name}: {value}")
+
+
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """A home of its own for the Hub's files, an 80x24 terminal, none of the user's settings."""
