@@ -24,7 +24,7 @@ from m27quant.calib.layerwise import Dropped
 from m27quant.calib.memory import plan_memory, rss_bytes
 from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.workspace import REPORT, Workspace, check_same
-from m27quant.errors import CheckpointError, escape
+from m27quant.errors import CheckpointError, EnvironmentFault, escape
 from m27quant.finish import build_result, is_hidden, output_names
 from m27quant.layer_job import Job, run_embed, run_head, run_layer
 from m27quant.plan import HEAD, Unit, check_disk, check_paths, disk_needed
@@ -91,8 +91,10 @@ def quantize_checkpoint(
             workspace.refuse_collisions(output_names(prepared))
             with torch.inference_mode(), RunLog(workspace.private / "run.log") as run_log:
                 report = _run(prepared, options, workspace, fingerprint, progress, stop, run_log)
-        except BaseException:
+        except BaseException as fault:
             workspace.abandon()
+            if (named := _device_fault(fault)) is not None:
+                raise named from fault
             raise
         finally:
             workspace.close()
@@ -145,6 +147,20 @@ def _run(
     workspace.commit(shards, documents)
     run_log.write("done", peak_rss_bytes=peak_rss_bytes())
     return report
+
+
+def _device_fault(fault: BaseException) -> EnvironmentFault | None:
+    """What torch says of memory or of an accelerator that failed, as an error that can be resumed from."""
+    first = escape(str(fault).partition("\n")[0])
+    if isinstance(fault, MemoryError | torch.OutOfMemoryError):
+        return EnvironmentFault(
+            f"out of memory: {first}", hint="lower --max-memory, then run again with --resume"
+        )
+    if isinstance(fault, torch.AcceleratorError):
+        return EnvironmentFault(
+            f"the device failed: {first}", hint="when it is back (see `nvidia-smi`), run again with --resume"
+        )
+    return None
 
 
 def _job(

@@ -66,6 +66,8 @@ class Workspace:
             raise UsageError("--resume and --overwrite exclude each other", hint="choose one of them")
         shown = escape(self.out)
         try:
+            if self.private.is_symlink():
+                raise OutputError(f"{escape(self.private)}: a link", hint="put a folder in its place")
             if self.out.exists() and not self.out.is_dir():
                 raise OutputError(f"{shown}: exists and is not a folder", hint="choose another OUT")
             found = sorted(p.name for p in self.out.iterdir()) if self.out.exists() else []
@@ -111,6 +113,7 @@ class Workspace:
             if overwrite:
                 self._discard()
             self.work.mkdir(exist_ok=True)
+            sync_folder(self.private)
             self.journal = Journal(self.private / "journal.jsonl")
             self._check_fingerprint(json.loads(json.dumps(fingerprint)))
             self._sweep()
@@ -126,6 +129,7 @@ class Workspace:
             with suppress(FileExistsError):
                 folder.mkdir()
                 self._made.append(folder)
+                sync_folder(folder.parent)
 
     def is_unfinished(self) -> bool:
         """True where a journal tells of work that is not committed and cleaned up."""
@@ -279,6 +283,7 @@ class Workspace:
         fault_point("clean-up")
         (self.private / "journal.jsonl").unlink(missing_ok=True)
         sync_folder(self.private)
+        fault_point("clean-up-leftovers")
         self._remove_leftovers()
 
     def discard_leftovers(self) -> None:
