@@ -57,6 +57,12 @@ def parse_dataset(argument: str) -> Dataset:
         UsageError: neither.
     """
     if (path := existing(argument)) is not None:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"--dataset {escape(argument)}: the name is not UTF-8", hint="rename the file"
+            ) from None
         return Dataset(path=str(path))
     if argument in SHORT_NAMES:
         return SHORT_NAMES[argument]
