@@ -15,6 +15,7 @@ from tests.faults.harness import KILLED, Program, passes_for_a_checkpoint, tree,
 POINTS = {
     "file-reserved", "file-written", "file-renamed", "tensor-written", "layer-computed", "journal-before",
     "journal-torn", "journal-after", "commit-begin", "commit-unlinked", "commit-shard", "commit-document", "clean-up",
+    "clean-up-leftovers",
 }  # fmt: skip
 SAMPLED = {"tensor-written": 12}
 """Of these points so many passings are tried; of all others every one."""
@@ -60,7 +61,7 @@ def test_killed_again_and_again(program: Program, case: Case, out: Path) -> None
     """Resumed runs are killed too, in every stage, until one comes through."""
     chance = random.Random(0)
     kills = 0
-    for _ in range(12):
+    for _ in range(16):
         while True:
             point = chance.choice(sorted(POINTS - {"tensor-written"}))
             ended = program.run(

@@ -203,3 +203,16 @@ def test_calibration_data_that_cannot_be(
     assert said.startswith("error: ") or "\nerror: " in said
     assert "\nhint: " in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_private_folder_that_is_a_link(good: Path, tmp_path: Path, quantize: Quantize) -> None:
+    """What lies behind it is not ours to sweep."""
+    (tmp_path / "theirs" / "work").mkdir(parents=True)
+    (tmp_path / "theirs" / "work" / "thesis.tex").write_text("years of work")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".m27quant").symlink_to(tmp_path / "theirs")
+    for flags in ((), ("--resume",), ("--overwrite",)):
+        ended = quantize(good, tmp_path / "out", *flags)
+        assert (ended.code, ended.error["kind"]) == (5, "output")
+        assert ".m27quant: a link" in ended.error["message"]
+    assert (tmp_path / "theirs" / "work" / "thesis.tex").read_text() == "years of work"

@@ -6,6 +6,8 @@ The comments give the kinds of faults; `OUT` must be as it was before, or hold r
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -216,4 +218,38 @@ def test_a_corrupt_source_is_refused(name: str, model: Path, tmp_path: Path, qua
     assert ended.error["hint"], "a next step"
     assert len(ended.error["message"]) < 3000
     assert ended.error["message"].isprintable()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["truncated by a byte", "shard missing", "config with NaN", "an expert too many"]
+)
+def test_a_dry_run_refuses_it_too(name: str, model: Path, tmp_path: Path, quantize: Quantize) -> None:
+    change, fragments = CORRUPT[name]
+    change(model)
+    ended = quantize(model, tmp_path / "out", "--dry-run")
+    assert (ended.code, ended.document, ended.error["kind"]) == (3, None, "checkpoint")
+    for fragment in fragments:
+        assert fragment in ended.error["message"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["truncated by a byte", "another model"])
+def test_as_a_process(name: str, model: Path, tmp_path: Path, rows: Path) -> None:
+    """The exit code and the two lines that a shell sees."""
+    change, fragments = CORRUPT[name]
+    change(model)
+    ended = subprocess.run(
+        [sys.executable, "-m", "m27quant", "quantize", model, tmp_path / "out", "--dataset", rows],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (3, "")
+    *_, error, gap, hint = ended.stderr.splitlines()
+    assert error.startswith("error: ")
+    assert gap == ""
+    assert hint.startswith("hint: ")
+    for fragment in fragments:
+        assert fragment in error
     assert not (tmp_path / "out").exists()

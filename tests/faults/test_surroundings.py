@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import Case
-from tests.faults.harness import KILLED, Program, tree
+from tests.faults.harness import KILLED, Program, tree, visible
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
@@ -131,7 +132,18 @@ def test_a_run_of_another_user(program: Program, case: Case, theirs: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["with space", "ünïcödé-模型", "-dash", "[bold]x[/]", "new\nline", "d" * 200 + "/" + "e" * 200]
+    "name",
+    [
+        "with space",
+        "ünïcödé-模型",
+        "-dash",
+        "[bold]x[/]",
+        "new\nline",
+        "d" * 200 + "/" + "e" * 200,
+        ".",
+        "\udcff",
+    ],
+    ids=ascii,
 )
 def test_out_of_any_name(name: str, program: Program, case: Case, out: Path) -> None:
     out.mkdir()
@@ -143,6 +155,38 @@ def test_out_of_any_name(name: str, program: Program, case: Case, out: Path) -> 
     argv = ("quantize", "--dataset", case.rows, "--resume", "--", case.model, name)
     ended = program.run(*argv, cwd=out)
     assert (ended.code, tree(out / name)) == (0, case.undisturbed), ended.err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["# [x](javascript:1)", "---\nlicense: mit\n---", "\x1b[2J", "\udcff", "`$(id)`", "a" * 255],
+    ids=ascii,
+)
+def test_a_model_and_data_of_any_name(
+    name: str, program: Program, case: Case, out: Path, tmp_path: Path
+) -> None:
+    """Their names reach the report and the model card: as data, on one line."""
+    model = Path(shutil.copytree(case.model, tmp_path / name))
+    shown = name[:240] if name.isascii() else "rows"
+    rows = Path(shutil.copy(case.rows, tmp_path / f"{shown}.jsonl"))
+    ended = program.run("quantize", model, out, "--dataset", rows)
+    assert ended.code == 0, ended.err
+    report = json.loads((out / "quantization_report.json").read_bytes())
+    assert report["source"]["name"] == name
+    assert report["calibration"]["datasets"] == [rows.name]
+    card = (out / "README.md").read_text()
+    assert [line for line in card.splitlines() if line.startswith("license")] == []
+    assert not {c for c in card if not c.isprintable()} - {"\n"}
+    assert "](javascript" not in card
+    assert visible(out).keys() == case.undisturbed.keys()
+
+
+def test_data_whose_name_is_not_utf8(program: Program, case: Case, out: Path, tmp_path: Path) -> None:
+    rows = shutil.copy(case.rows, tmp_path / "\udcff.jsonl")
+    ended = program.run("quantize", case.model, out, "--dataset", rows)
+    assert ended.code == 2
+    assert "\\udcff.jsonl: the name is not UTF-8\n\nhint: rename the file" in ended.err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("home", ["/nonexistent", "/proc", None])

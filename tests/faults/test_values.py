@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from m27quant.errors import CheckpointError, EnvironmentFault, M27Error
+from m27quant.layer_job import Job
+from m27quant.plan import Unit
 from m27quant.progress import Progress
 from m27quant.quantize import quantize_checkpoint
 from tests.faults import corruptions as c
@@ -126,6 +129,42 @@ def test_dead_experts_are_packed_and_reported(model: Path, tmp_path: Path, quant
     assert ended.document["summary"]["dead_matrices"] == 3
     (notice,) = (n for n in ended.document["notices"] if "all zero" in n)
     assert "experts.2.w1" in notice
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (MemoryError(), "out of memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nSee"),
+            "out of memory: CUDA out of",
+        ),
+        (
+            torch.AcceleratorError("CUDA error: an illegal memory access\nmore"),
+            "the device failed: CUDA error",
+        ),
+    ],
+    ids=["host memory", "device memory", "device lost"],
+)
+def test_memory_and_devices_that_fail(
+    fault: Exception,
+    says: str,
+    good: Path,
+    tmp_path: Path,
+    quantize: Quantize,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(job: Job, unit: Unit, *rest: object, **options: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("m27quant.quantize.run_layer", fail)
+    ended = quantize(good, tmp_path / "out")
+    assert (ended.code, ended.error["kind"]) == (4, "environment")
+    assert says in ended.error["message"]
+    assert "--resume" in ended.error["hint"]
+    assert private_only(tmp_path / "out")
+    monkeypatch.undo()
+    assert quantize(good, tmp_path / "out", "--resume").code == 0
 
 
 # -- files that change while they are in use -------------------------------------------------------
