@@ -11,6 +11,7 @@ import torch
 
 from m27quant.calib.layerwise import ExpertWeights
 from m27quant.checkpoint import names
+from m27quant.checkpoint.config import M2Config
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.writer import ShardSet
 from m27quant.errors import CheckpointError
@@ -55,7 +56,8 @@ def stream_experts(
 ) -> Iterator[Sequence[ExpertWeights]]:
     """Pack and write every expert of a layer in order; yields their BF16 weights, `group` experts at a time.
 
-    The next expert is read while this one is worked on.  Each source byte is read once.
+    The next expert is read while this one is worked on.  Each source byte is read once.  What was yielded is
+    overwritten when the next group is asked for: fresh memory for it would cost more time than packing.
 
     Raises:
         CheckpointError: NaN, Inf or a bad block scale in the source, naming the tensor.
@@ -64,29 +66,45 @@ def stream_experts(
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
         ahead = reader.submit(read_expert, source, layer, 0, device)
         batch: list[ExpertWeights] = []
+        buffers = [bf16_buffers(source.config, device) for _ in range(min(group, num_experts))]
         for expert in range(num_experts):
             should_stop()
             stored = ahead.result()
             if expert + 1 < num_experts:
                 ahead = reader.submit(read_expert, source, layer, expert + 1, device)
-            pack_expert(source, layer, expert, stored, shards, stats)
-            batch.append(_dequantize(source, layer, expert, stored))
+            batch.append(pack_expert(source, layer, expert, stored, shards, stats, buffers[len(batch)]))
             del stored
             if len(batch) == group or expert + 1 == num_experts:
                 yield batch
-                batch.clear()  # the caller holds the same list: free these before the next are loaded
+                batch.clear()
+
+
+def bf16_buffers(config: M2Config, device: torch.device) -> dict[str, torch.Tensor]:
+    """Room for the three dequantized matrices of one expert; no memory until they are written to."""
+    shapes = names.expert_shapes(config)
+    return {p: torch.empty(shape, dtype=torch.bfloat16, device=device) for p, shape in shapes.items()}
 
 
 def pack_expert(
-    source: Source, layer: int, expert: int, stored: dict[str, Stored], shards: ShardSet, stats: PackStats
-) -> None:
-    """Write one expert's packed weights and scales; w1 and w3 share their `weight_scale_2`."""
+    source: Source,
+    layer: int,
+    expert: int,
+    stored: dict[str, Stored],
+    shards: ShardSet,
+    stats: PackStats,
+    buffers: dict[str, torch.Tensor],
+) -> ExpertWeights:
+    """Write one expert's packed weights and scales; w1 and w3 share their `weight_scale_2`.
+
+    Returns its BF16 weights: in `buffers`, or as they are stored.
+    """
     block = source.config.weight_block_size or fp8_dequant.BLOCK
     amax = {}
     for projection, (weight, scale) in stored.items():
         with Naming(names.expert(layer, expert, projection)):
             amax[projection] = nvfp4_pack.amax(weight, scale, block=block)
     amax["w1"] = amax["w3"] = torch.maximum(amax["w1"], amax["w3"])
+    plain = {}
     for projection, (weight, scale) in stored.items():
         module = names.expert(layer, expert, projection)
         with Naming(module):
@@ -94,20 +112,19 @@ def pack_expert(
         shards.write(f"{module}.weight", packed.weight)
         shards.write(f"{module}.weight_scale", packed.weight_scale)
         shards.write(f"{module}.weight_scale_2", packed.weight_scale_2)
-        _note(stats, module, projection, weight, scale, packed, block)
+        if scale is not None:
+            weight = fp8_dequant.dequantize(weight, scale, block=block, out=buffers[projection])
+        plain[projection] = weight
+        _note(stats, module, projection, weight, packed)
+    return ExpertWeights(expert, **plain)
 
 
 def _note(
-    stats: PackStats,
-    module: str,
-    projection: str,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    packed: nvfp4_pack.PackedNVFP4,
-    block: tuple[int, int],
+    stats: PackStats, module: str, projection: str, weight: torch.Tensor, packed: nvfp4_pack.PackedNVFP4
 ) -> None:
-    error = nvfp4_pack.squared_error(weight, scale, packed, block=block)
-    counts = nvfp4_pack.count_groups(weight, scale, packed.weight_scale_2, block=block)
+    """Compare the BF16 `weight` with what became of it."""
+    error = nvfp4_pack.squared_error(weight, None, packed)
+    counts = nvfp4_pack.count_groups(weight, None, packed.weight_scale_2)
     value = error.sqnr_db if error.signal else None
     stats.sqnr_db[projection].append(None if value is None or math.isinf(value) else round(value, 3))
     stats.weight_scale_2[projection].append(float(packed.weight_scale_2))
@@ -116,17 +133,6 @@ def _note(
     stats.tiny_groups += counts.tiny
     if not error.signal:
         stats.dead.append(module)
-
-
-def _dequantize(source: Source, layer: int, expert: int, stored: dict[str, Stored]) -> ExpertWeights:
-    block = source.config.weight_block_size
-    plain = {}
-    for projection, (weight, scale) in stored.items():
-        if scale is not None:
-            assert block is not None
-            weight = fp8_dequant.dequantize(weight, scale, block=block)
-        plain[projection] = weight
-    return ExpertWeights(expert, **plain)
 
 
 class Naming:
