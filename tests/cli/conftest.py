@@ -73,3 +73,14 @@ def m27quant() -> Run:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def nvfp4(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny-m27 quantized with a few rows; to be read only."""
+    from m27quant.quantize import quantize_checkpoint
+
+    tiny, out = repository / "examples/tiny-m27", tmp_path_factory.mktemp("nvfp4") / "tiny-m27"
+    rows = tiny / "calibration.jsonl"
+    quantize_checkpoint(str(tiny), out, dataset=str(rows), num_samples=8, seq_len=64, device="cpu")
+    return out

@@ -44,7 +44,7 @@ def test_human() -> None:
         "  layer 3 expert 17: w1.weight is missing\n"
         "    expected  U8 [32, 64]\n"
         "    found     nothing\n"
-        "    places    3 places: a.w1.weight, b.w1.weight\n"
+        "    also      2 more: a.w1.weight, b.w1.weight\n"
         "  engines    vllm: loads without a word; sglang: stops\n"
         "  next step  quantize the layer again\n"
         "\n"
@@ -61,9 +61,9 @@ def test_human() -> None:
         "    found     nothing\n"
         "  next step  quantize the layer again\n"
         "\n"
-        "1 error, 1 warning, 1 note in 4 checks"
+        "failed: 1 error, 1 warning, 1 note in 4 checks"
     )
-    assert human.render(CLEAN).endswith("12,345,678\n\nno findings in 4 checks")
+    assert human.render(CLEAN).endswith("12,345,678\n\npassed: no findings in 4 checks")
     assert human.concise(CLEAN) is None
     assert human.concise(MIXED).splitlines()[0] == (  # type: ignore[union-attr]  # there are findings
         "error M27-T001 layer 3 expert 17: w1.weight is missing"
@@ -112,7 +112,7 @@ def test_junit(made: VerifyResult, fail_on: str, failures: int) -> None:
         assert (node.get("tests"), node.get("failures")) == ("4", str(failures))
     assert len(suite.findall("testcase/failure")) == failures
     assert all(case.get("name") and case.get("classname") for case in cases)
-    assert [case.get("name").partition(" ")[0] for case in cases] == list(made.checks_run)  # type: ignore[union-attr]
+    assert [case.get("name", "").partition(" ")[0] for case in cases] == list(made.checks_run)
     outputs = 3 - failures if made.findings else 0
     assert len(suite.findall("testcase/system-out")) == outputs
 
@@ -163,7 +163,7 @@ def test_github() -> None:
     assert commands[0] == (
         "::error file=out/m27/model-00003-of-00006.safetensors,title=M27-T001 expert tensor missing::"
         "layer 3 expert 17: w1.weight is missing%0Aexpected: U8 [32, 64]%0Afound: nothing%0A"
-        "places: 3 places: a.w1.weight, b.w1.weight%0Aengines: vllm: loads without a word; sglang: stops%0A"
+        "also: 2 more: a.w1.weight, b.w1.weight%0Aengines: vllm: loads without a word; sglang: stops%0A"
         "next step: quantize the layer again"
     )
     assert commands[1].startswith("::warning file=out/m27/config.json,")

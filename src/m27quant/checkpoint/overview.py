@@ -129,10 +129,11 @@ def _families(tensors: Mapping[str, TensorInfo]) -> tuple[Family, ...]:
         size = sizes[family]
         size["tensors"] += 1
         size["bytes"] += info.nbytes
-        if family == "KV scales" or not name.endswith((*SCALES, ".input_scale")):
+        is_weight = not name.endswith(SCALES)
+        if is_weight or family == "KV scales":
             kind = _format(info, tensors)
             formats[family][kind] += 1
-            size["parameters"] += math.prod(info.shape) * (2 if kind == "NVFP4" else 1)
+            size["parameters"] += math.prod(info.shape) * is_weight * (2 if kind == "NVFP4" else 1)
     return tuple(
         Family(
             name=name,

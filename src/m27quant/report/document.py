@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 
-def render(result: VerifyResult) -> str:
+def render(result: VerifyResult, *, accepted: int = 0) -> str:
     """ASCII JSON, indented."""
-    return json.dumps({"schema_version": SCHEMA_VERSION, **document(result)}, indent=2, allow_nan=False)
+    content = {"schema_version": SCHEMA_VERSION, **document(result, accepted=accepted)}
+    return json.dumps(content, indent=2, allow_nan=False)
 
 
-def document(result: VerifyResult) -> dict[str, Any]:
-    """The document without its `schema_version`.  Names are as in the checkpoint, but always valid Unicode."""
+def document(result: VerifyResult, *, accepted: int = 0) -> dict[str, Any]:
+    """The document without its `schema_version`.  Names are as in the checkpoint, but always valid Unicode.
+
+    `accepted` findings were left out, as a baseline names them.
+    """
     marks = fingerprints(result.findings)
     content = {
         "checkpoint": result.checkpoint,
@@ -30,6 +34,7 @@ def document(result: VerifyResult) -> dict[str, Any]:
         "summary": {s: sum(f.severity == s for f in result.findings) for s in ("error", "warning", "note")},
         "facts": result.facts,
         "checks_run": result.checks_run,
+        "accepted": accepted,
         "findings": [_finding(f, mark) for f, mark in zip(result.findings, marks, strict=True)],
     }
     plain: dict[str, Any] = _plain(content)

@@ -34,9 +34,16 @@ def styled(result: VerifyResult) -> Text:
 
 
 def verdict(result: VerifyResult) -> Text:
-    """The last line: how many checks, how many findings."""
-    style = "bold red" if not result.ok else "yellow" if result.findings else "bold green"
-    return Text.assemble((summary(result), style), f" in {plural(len(result.checks_run), 'check')}")
+    """The last line: whether it passed, what was found, by how many checks."""
+    style = (
+        "bold red"
+        if not result.ok
+        else "yellow"
+        if any(f.severity == "warning" for f in result.findings)
+        else "bold green"
+    )
+    word = "passed" if result.ok else "failed"
+    return Text.assemble((word, style), f": {summary(result)} in {plural(len(result.checks_run), 'check')}")
 
 
 def concise(result: VerifyResult) -> str | None:
@@ -46,7 +53,12 @@ def concise(result: VerifyResult) -> str | None:
 
 
 def _facts(facts: Mapping[str, object]) -> dict[str, str]:
-    return {key.replace("_", " "): _value(value) for key, value in facts.items() if value is not None}
+    """Keys as words: `num_shards` is "shards"."""
+    return {
+        key.removeprefix("num_").replace("_", " "): _value(value)
+        for key, value in facts.items()
+        if value is not None
+    }
 
 
 def _value(value: object) -> str:
@@ -55,7 +67,7 @@ def _value(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
+        return "; ".join(f"{key} {_value(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(_value(item) for item in value)
     return str(value)

@@ -31,15 +31,15 @@ def summary(result: VerifyResult) -> str:
     return ", ".join(plural(n, severity) for severity, n in counts.items() if n) or "no findings"
 
 
-def places(finding: Finding) -> str | None:
+def others(finding: Finding) -> str | None:
     """The further places of a finding that stands for several."""
-    if finding.count <= 1:
+    rest = finding.count - 1
+    if rest < 1:
         return None
+    if not finding.examples:
+        return plural(rest, "more place")
     shown = ", ".join(line(name) for name in finding.examples)
-    more = finding.count - len(finding.examples)
-    if not shown:
-        return plural(finding.count, "place")
-    return f"{plural(finding.count, 'place')}: {shown}" + (" ..." if more > 1 else "")
+    return f"{rest:,} more: {shown}" + (" ..." if rest > len(finding.examples) else "")
 
 
 def engines(check: Check) -> str:
@@ -52,7 +52,7 @@ def details(finding: Finding) -> list[tuple[str, str]]:
     rows = [
         ("expected", finding.expected),
         ("found", finding.found),
-        ("places", places(finding)),
+        ("also", others(finding)),
         ("engines", engines(finding.check) or None),
         ("next step", finding.check.mend),
     ]
