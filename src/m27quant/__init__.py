@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from m27quant.estimate import DryRun, dry_run
     from m27quant.prepare import Options
     from m27quant.quantize import QuantizeResult, quantize_checkpoint
+    from m27quant.verify.findings import VerifyResult
+    from m27quant.verify.run import verify_checkpoint
 
 __version__ = "0.1.0"
 
@@ -22,9 +24,20 @@ _LAZY = {
     "Options": "m27quant.prepare",
     "QuantizeResult": "m27quant.quantize",
     "quantize_checkpoint": "m27quant.quantize",
+    "VerifyResult": "m27quant.verify.findings",
+    "verify_checkpoint": "m27quant.verify.run",
 }
 
-__all__ = ["DryRun", "Options", "QuantizeResult", "__version__", "dry_run", "quantize_checkpoint"]
+__all__ = [
+    "DryRun",
+    "Options",
+    "QuantizeResult",
+    "VerifyResult",
+    "__version__",
+    "dry_run",
+    "quantize_checkpoint",
+    "verify_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

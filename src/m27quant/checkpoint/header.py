@@ -63,25 +63,36 @@ def read_header(path: Path) -> Header:
             offsets, holes, overlaps, trailing or missing bytes, duplicate names).
         EnvironmentFault: the file cannot be read.
     """
+    raw, info = read_header_bytes(path)
+    shown = escape(path)
+    entries = parse(raw, f"{shown}: header")
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{shown}: the header is not a JSON object", hint=AGAIN)
+    metadata = _metadata(shown, entries.pop("__metadata__", {}))
+    begin = 8 + len(raw)
+    tensors = {name: parse_entry(path, name, entry, begin) for name, entry in entries.items()}
+    _check_coverage(shown, list(tensors.values()), begin, info.st_size)
+    return Header(path, tensors, metadata, info.st_size, info.st_mtime_ns, hashlib.sha256(raw).hexdigest())
+
+
+def read_header_bytes(path: Path) -> tuple[bytes, os.stat_result]:
+    """The JSON text of a header as it stands, and the file's stat.
+
+    Raises:
+        CheckpointError: not a regular file, or not one that begins with a header of a believable length.
+        EnvironmentFault: the file cannot be read.
+    """
     info = require_regular_file(path)
     shown = escape(path)
     try:
         with path.open("rb") as file:
-            raw = _header_bytes(path, file.read(8), info.st_size, file)
+            return _header_bytes(path, file.read(8), info.st_size, file), info
     except PermissionError:
         raise EnvironmentFault(
             f"{shown}: permission denied (mode {info.st_mode & 0o777:04o})", hint=f"chmod u+r '{shown}'"
         ) from None
     except OSError as fault:
         raise EnvironmentFault(f"{shown}: cannot be read ({fault.strerror})", hint=UNREADABLE) from None
-    entries = parse(raw, f"{shown}: header")
-    if not isinstance(entries, dict):
-        raise CheckpointError(f"{shown}: the header is not a JSON object", hint=AGAIN)
-    metadata = _metadata(shown, entries.pop("__metadata__", {}))
-    begin = 8 + len(raw)
-    tensors = {name: _tensor(path, name, entry, begin) for name, entry in entries.items()}
-    _check_coverage(shown, list(tensors.values()), begin, info.st_size)
-    return Header(path, tensors, metadata, info.st_size, info.st_mtime_ns, hashlib.sha256(raw).hexdigest())
 
 
 def _header_bytes(path: Path, prefix: bytes, size: int, file: Any) -> bytes:
@@ -115,7 +126,8 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
-def _tensor(path: Path, name: str, entry: Any, begin: int) -> TensorInfo:
+def parse_entry(path: Path, name: str, entry: Any, begin: int) -> TensorInfo:
+    """One tensor of a header whose buffer begins at byte `begin`; `CheckpointError` where the entry lies."""
     where = f"{escape(path)}: tensor '{escape(name)}'"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{where}: needs exactly dtype, shape and data_offsets", hint=AGAIN)

@@ -87,7 +87,7 @@ class Source:
                 )
             return tensors
         if single.exists() or single.is_symlink():
-            _check_stays_inside(self.folder, SINGLE)
+            check_stays_inside(self.folder, SINGLE)
             self.headers[single] = read_header(single)
             return dict(self.headers[single].tensors)
         shards = sorted(self.folder.glob("*.safetensors"))
@@ -111,7 +111,7 @@ class Source:
             by_shard.setdefault(shard, []).append(name)
         missing = []
         for shard in sorted(by_shard):
-            _check_stays_inside(self.folder, shard)
+            check_stays_inside(self.folder, shard)
             path = self.folder / shard
             if not path.exists():
                 missing.append(shard)
@@ -270,7 +270,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_stays_inside(folder: Path, shard: str) -> None:
+def check_stays_inside(folder: Path, shard: str) -> None:
     """A shard is a plain `.safetensors` file name in the folder, a link only as the Hub's cache lays links.
 
     Windows rules are applied on every system, so that a checkpoint is refused everywhere or nowhere.

@@ -70,8 +70,8 @@ def refuse_lfs_pointer(path: Path, head: bytes) -> None:
         )
 
 
-def parse(text: bytes, where: str) -> Any:
-    """Parse JSON strictly.
+def parse(text: bytes, where: str, *, repeated: list[str] | None = None) -> Any:
+    """Parse JSON strictly; with a list for them, keys that appear twice are noted there and the last one counts.
 
     Raises:
         CheckpointError: not UTF-8, a byte-order mark, a syntax error (with line and column), NaN,
@@ -83,7 +83,9 @@ def parse(text: bytes, where: str) -> Any:
         if len(result) != len(pairs):
             seen: set[str] = set()
             for key, _ in pairs:
-                if key in seen:
+                if key in seen and repeated is not None:
+                    repeated.append(key)
+                elif key in seen:
                     raise CheckpointError(
                         f"{where}: key '{escape(key)}' appears twice in one object", hint=DAMAGED
                     )

@@ -1,0 +1,547 @@
+"""Every check, as data: what it is called, how bad it is, what each engine does, how to mend it.  One place."""
+
+from __future__ import annotations
+
+from m27quant.verify.findings import Check, Severity
+
+FAMILIES = {
+    "C": "container",
+    "T": "inventory",
+    "D": "types",
+    "S": "scales",
+    "F": "configs",
+    "E": "engines",
+}
+"""Letter of a code -> family, the gravest first."""
+
+ERROR, WARNING, NOTE = Severity.ERROR, Severity.WARNING, Severity.NOTE
+CHECKS: dict[str, Check] = {}
+"""By code."""
+
+_LOADERS = {"transformers": "SafetensorError on load", "vllm": "SafetensorError on load", "sglang": "as vLLM"}
+_AGAIN = "Download the file again; `hf cache verify` compares it with the Hub."
+_REINDEX = "Write the index again from the shards' headers, or fetch index and shards of one revision."
+_REQUANTIZE = "Quantize again, with every expert calibrated."
+_CONFIG = "Correct the field; `m27quant quantize` writes it right."
+
+
+def _check(
+    code: str, severity: Severity, title: str, meaning: str, mend: str, engines: dict[str, str] | None = None
+) -> None:
+    CHECKS[code] = Check(
+        code=code,
+        family=FAMILIES[code[4]],
+        severity=severity,
+        title=title,
+        meaning=meaning,
+        engines=engines or {},
+        mend=mend,
+    )
+
+
+def _engines(vllm: str = "", sglang: str = "", transformers: str = "") -> dict[str, str]:
+    table = {"transformers": transformers, "vllm": vllm, "sglang": sglang}
+    return {engine: what for engine, what in table.items() if what}
+
+
+# -- container -------------------------------------------------------------------------------------
+
+_check(
+    "M27-C001", ERROR, "shard is not a readable safetensors file",
+    "Its first bytes are no safetensors header: too short, a length that cannot be, no JSON, or a pickle.",
+    _AGAIN, _LOADERS,
+)  # fmt: skip
+_check(
+    "M27-C002", ERROR, "git-lfs pointer instead of the file",
+    "A clone without git-lfs leaves 130 bytes of text in the place of every large file.",
+    "Run `git lfs pull` in the folder, or download with `hf download`.",
+    _engines("header or JSON error on load", "as vLLM", "as vLLM"),
+)  # fmt: skip
+_check(
+    "M27-C003", ERROR, "header entry that lies",
+    "The entry's dtype, shape and offsets contradict each other, or one of them is not of this format.",
+    _AGAIN, _LOADERS,
+)  # fmt: skip
+_check(
+    "M27-C004", ERROR, "tensors overlap", "Two tensors claim the same bytes: a small file that takes much memory.",
+    _AGAIN, _LOADERS,
+)  # fmt: skip
+_check(
+    "M27-C005", ERROR, "hole between tensors", "Bytes of the buffer belong to no tensor.", _AGAIN, _LOADERS,
+)  # fmt: skip
+_check(
+    "M27-C006", ERROR, "shard is truncated", "The file ends before its last tensor does.", _AGAIN, _LOADERS,
+)  # fmt: skip
+_check(
+    "M27-C007", ERROR, "trailing bytes behind the last tensor",
+    "The file goes on where its header says that it ends: a file of two formats, or two writes into one.",
+    _AGAIN, _LOADERS,
+)  # fmt: skip
+_check(
+    "M27-C008", ERROR, "name twice in one header",
+    "JSON readers keep the last of two equal keys, so that the first tensor exists for nobody.",
+    "Write the shard again with one entry for each name.",
+    _engines("the last entry wins, silently", "the last entry wins, silently", "the last entry wins, silently"),
+)  # fmt: skip
+_check(
+    "M27-C009", ERROR, "tensor in two shards",
+    "The index names one of them; engines that read whole shards take whichever comes last.",
+    "Remove the copy that the index does not name.",
+    _engines("reads every tensor of every shard: the last one wins, silently", "as vLLM", "obeys the index"),
+)  # fmt: skip
+_check(
+    "M27-C010", ERROR, "shard of the index is missing", "The index names a file that is not in the folder.",
+    "Fetch it: `hf download ORG/NAME FILE --local-dir FOLDER`.",
+    _engines("FileNotFoundError", "FileNotFoundError", "FileNotFoundError"),
+)  # fmt: skip
+_check(
+    "M27-C011", ERROR, "index places a tensor where it is not",
+    "The shard that the index names does not hold this tensor.", _REINDEX,
+    _engines("never loaded; memory of the weight stays uninitialized", "never loaded", "KeyError or random weights"),
+)  # fmt: skip
+_check(
+    "M27-C012", ERROR, "tensor in a shard, not in the index",
+    "Readers that go by the index never see it; those that read whole shards do.", _REINDEX,
+    _engines("loads it", "loads it", "does not load it: random weights"),
+)  # fmt: skip
+_check(
+    "M27-C013", WARNING, "shard that the index does not name",
+    "A stale or foreign file; loaders that take every shard in the folder mix it into the model.",
+    "Remove the file, or add its tensors to the index.",
+    _engines("ignores it", "ignores it", "ignores it"),
+)  # fmt: skip
+_check(
+    "M27-C014", WARNING, "left-over or pickled file",
+    "Temporary files are traces of a write that did not end; pickles can run code and are never loaded here.",
+    "Remove it once nothing writes to the folder.",
+    _engines("may load *.bin or *.pt where told to", "as vLLM", "may load *.bin where told to"),
+)  # fmt: skip
+_check(
+    "M27-C015", ERROR, "path in the index leaves the folder",
+    "A name with separators, a drive, `..` or of no .safetensors file makes a reader open other people's files.",
+    "Do not use this checkpoint; ask where it comes from.",
+    _engines("joins it with the folder", "joins it with the folder", "opens the path"),
+)  # fmt: skip
+_check(
+    "M27-C016", ERROR, "link that leaves the folder",
+    "The shard is a link to a file outside; copies and uploads of the folder lose or leak it.",
+    "Copy the file into the folder.",
+    _engines("follows it", "follows it", "follows it"),
+)  # fmt: skip
+_check(
+    "M27-C017", NOTE, "file that others cannot read",
+    "The safetensors library writes 0600: a server under another user cannot open the file.",
+    "chmod 644 the files.",
+    _engines("PermissionError under another user", "as vLLM", "as vLLM"),
+)  # fmt: skip
+_check(
+    "M27-C018", ERROR, "index is unreadable",
+    "It is no JSON object with a weight_map from names to file names, or a name appears twice in it.", _REINDEX,
+    _engines("error on load, or the last of two entries wins", "as vLLM", "as vLLM"),
+)  # fmt: skip
+_check(
+    "M27-C019", ERROR, "several shards without an index",
+    "Nothing says which shards belong to the model.", "Fetch model.safetensors.index.json too.",
+    _engines("reads every file in the folder", "reads every file in the folder", "OSError: no weights"),
+)  # fmt: skip
+_check(
+    "M27-C020", WARNING, "total_size is wrong",
+    "The index's metadata.total_size is not the bytes of all tensors; planners of memory and downloads trust it.",
+    _REINDEX, _engines("not read", "not read", "used to plan memory"),
+)  # fmt: skip
+_check(
+    "M27-C021", ERROR, "single file beside an index",
+    "model.safetensors and an index that does not mention it: readers disagree on which is the model.",
+    "Remove the one that is not meant.",
+    _engines("loads what the index names", "loads what the index names", "loads model.safetensors alone"),
+)  # fmt: skip
+_check(
+    "M27-C022", ERROR, "not a regular file", "A directory, fifo, device or broken link in the place of a file.",
+    "Put the file itself there.", _engines("error or hang on load", "as vLLM", "as vLLM"),
+)  # fmt: skip
+
+# -- inventory -------------------------------------------------------------------------------------
+
+_check(
+    "M27-T001", ERROR, "expert tensor missing",
+    "One of the four tensors of an expert's matrix (weight, weight_scale, weight_scale_2, input_scale) is not there.",
+    _REQUANTIZE,
+    _engines("silently uses uninitialized memory: NaN or garbage, depending on the prompt",
+             "input_scale becomes 1.0, others stay uninitialized, silently",
+             "random weights, named in the loading report"),
+)  # fmt: skip
+_check(
+    "M27-T002", ERROR, "tensor missing", "A tensor that config.json implies is not there.",
+    "Fetch the shard again, or quantize again.",
+    _engines("uninitialized memory, silently", "uninitialized memory, silently", "random weights, with a warning"),
+)  # fmt: skip
+_check(
+    "M27-T003", ERROR, "KV scales of a layer missing",
+    "Other layers have k_scale and v_scale, this one has neither: its cache is quantized with 1.0.", _REQUANTIZE,
+    _engines("1.0, one warning for all", "1.0, silently"),
+)  # fmt: skip
+_check(
+    "M27-T004", ERROR, "one KV scale without the other", "k_scale and v_scale come in pairs.", _REQUANTIZE,
+    _engines("k alone is used for v too; v alone is an AssertionError", "the missing one is 1.0, silently"),
+)  # fmt: skip
+_check(
+    "M27-T005", ERROR, "in-memory tensor names",
+    "transformers' own names (`mlp.experts.E.gate_proj`, fused `gate_up_proj`) instead of the official "
+    "`block_sparse_moe.experts.E.w1`: an export without its reverse mapping.",
+    "Rename the tensors, or export again; `m27quant quantize` writes official names.",
+    _engines('ValueError "There is no module or parameter named ..."', "skips them silently: garbage"),
+)  # fmt: skip
+_check(
+    "M27-T006", ERROR, "left-overs of calibration",
+    "`_amax` and `*_quantizer` tensors are modelopt's state while it calibrates: this was saved, not exported.",
+    "Export with modelopt's export_hf_checkpoint, or quantize with m27quant.",
+    _engines("ValueError: no such parameter", "skips them silently"),
+)  # fmt: skip
+_check(
+    "M27-T007", WARNING, "tensors of layers behind the last one",
+    "Multi-token-prediction layers: no engine's MiniMax-M2 runs them, and public M2.x checkpoints have none.",
+    "Drop them: they take room only.",
+    _engines("dropped silently where num_mtp_modules covers them", "skipped silently", "ignored"),
+)  # fmt: skip
+_check(
+    "M27-T008", ERROR, "KV scales under an engine's own names",
+    "`self_attn.attn.k_scale` is what an engine renames `self_attn.k_proj.k_scale` to.",
+    "Store them as self_attn.k_proj.k_scale and self_attn.v_proj.v_scale.",
+    _engines("not remapped: may load by chance", "becomes `.attn.attn.` and is dropped: 1.0"),
+)  # fmt: skip
+_check(
+    "M27-T009", ERROR, "unknown tensor", "Nothing in a MiniMax-M2 checkpoint in NVFP4 has this name.",
+    "Remove it, or correct its name.",
+    _engines("ValueError: no such parameter", "skipped silently", "ignored, named in the loading report"),
+)  # fmt: skip
+_check(
+    "M27-T010", ERROR, "config.json disagrees with the tensors",
+    "A size in config.json is not the one that the tensors have: these two files are not of one model.",
+    "Take config.json from the checkpoint that was quantized.",
+    _engines("shape error, or experts and layers that stay uninitialized", "as vLLM", "shape error"),
+)  # fmt: skip
+_check(
+    "M27-T011", ERROR, "FP8 left-overs",
+    "`weight_scale_inv` belongs to the FP8 original; NVFP4 checkpoints have none.",
+    "Store attention in BF16, dequantized, and leave the scales out.",
+    _engines("ValueError: no such parameter", "skipped silently: FP8 codes taken for values"),
+)  # fmt: skip
+_check(
+    "M27-T012", ERROR, "labelled NVFP4, but experts are not packed",
+    "A fake-quantized upload: config says NVFP4, yet the expert weights are stored in 16 or 8 bits.",
+    "Export the checkpoint in earnest, or quantize the original with m27quant.",
+    _engines("shape or parameter error", "shape error"),
+)  # fmt: skip
+_check(
+    "M27-T013", ERROR, "weight-only, but labelled NVFP4",
+    "No expert has an input_scale, while config says that activations are quantized: engines use what is not there.",
+    "Label it W4A16_NVFP4 with input_activations null, or calibrate and quantize again.",
+    _engines("uninitialized input_scale: experts become zero or NaN, silently", "input_scale 1.0 everywhere"),
+)  # fmt: skip
+_check(
+    "M27-T014", ERROR, "compressed-tensors names",
+    "`weight_packed` and `weight_global_scale` are another format, whose global scales are reciprocals.",
+    "Label it quant_method compressed-tensors, or convert names and invert the global scales.",
+    _engines("ValueError: no such parameter", "skipped silently: garbage"),
+)  # fmt: skip
+
+# -- types and shapes ------------------------------------------------------------------------------
+
+_check(
+    "M27-D001", ERROR, "wrong dtype", "The tensor is not stored in the type that engines allocate for it.",
+    _REQUANTIZE, _engines("cast by value, silently: codes taken for numbers", "as vLLM", "cast by value"),
+)  # fmt: skip
+_check(
+    "M27-D002", ERROR, "wrong shape", "The tensor's shape is not the one that config.json implies.",
+    _REQUANTIZE, _engines("shape error on load", "shape error on load", "shape error on load"),
+)  # fmt: skip
+_check(
+    "M27-D003", WARNING, "router is not F32",
+    "Gate or e_score_correction_bias in less than F32: rounding changes which experts a token goes to.",
+    "Copy both byte for byte from the original.",
+    _engines("computes the gate in F32 of what is stored", "as vLLM", "casts the bias to BF16 itself"),
+)  # fmt: skip
+_check(
+    "M27-D004", NOTE, "attention in F32", "Twice the bytes of BF16 and not a bit more information.",
+    "Store it in BF16: 5.5 GB less for M2.7.",
+    _engines("casts to BF16 on load", "casts to BF16 on load", "casts on load"),
+)  # fmt: skip
+_check(
+    "M27-D005", ERROR, "scale has the wrong rank", "A global scale, input scale or KV scale is one number.",
+    _REQUANTIZE, _engines("ValueError, or the first number is taken", "as vLLM"),
+)  # fmt: skip
+_check(
+    "M27-D006", WARNING, "scale is a list of one number", "Shape [1] where modelopt and engines write [].",
+    "Store it with shape [].", _engines("accepted", "accepted"),
+)  # fmt: skip
+_check(
+    "M27-D007", ERROR, "block scales are padded or swizzled",
+    "weight_scale has the shape of one kernel's layout; checkpoints store it linear, engines swizzle on load.",
+    "Store it as [out, in/16], row by row.", _engines("shape error on load", "shape error on load"),
+)  # fmt: skip
+_check(
+    "M27-D008", ERROR, "KV scale in the wrong dtype", "k_scale and v_scale are F32.",
+    _REQUANTIZE, _engines("cast by value, with the rounding that it had", "as vLLM"),
+)  # fmt: skip
+
+# -- scales ----------------------------------------------------------------------------------------
+
+_check(
+    "M27-S001", ERROR, "scale is NaN or infinite", "All that it multiplies is NaN or infinite.",
+    _REQUANTIZE, _engines("NaN logits", "NaN logits", "NaN logits"),
+)  # fmt: skip
+_check(
+    "M27-S002", ERROR, "scale is zero", "Zero removes the weight; a zero input_scale is divided by: Inf, then NaN.",
+    _REQUANTIZE, _engines("1/0, then NaN, depending on the prompt", "as vLLM", "zero weights"),
+)  # fmt: skip
+_check(
+    "M27-S003", ERROR, "scale is negative", "A scale is a magnitude; a negative one flips every sign.",
+    _REQUANTIZE, _engines("used as it is", "used as it is", "used as it is"),
+)  # fmt: skip
+_check(
+    "M27-S004", ERROR, "w1 and w3 differ in weight_scale_2",
+    "Engines fuse w1 and w3 and take w1's scale for both: the up half is scaled wrongly.",
+    "Quantize w1 and w3 of an expert with one global scale, as m27quant does.",
+    _engines("warns once, then uses w1's for both", "TRT-LLM kernels keep both, others use w1's"),
+)  # fmt: skip
+_check(
+    "M27-S005", ERROR, "w1 and w3 differ in input_scale",
+    "Both matrices see the same activations, so their scales must be one number.", _REQUANTIZE,
+    _engines("uses the larger one", "uses the larger one"),
+)  # fmt: skip
+_check(
+    "M27-S006", WARNING, "expert was never calibrated",
+    "input_scale is 1.8601190e-4, modelopt's fallback for an expert that saw no token: it saturates real inputs.",
+    _REQUANTIZE,
+    _engines("hidden by the layer's maximum, except VLLM_CUTLASS: expert saturates", "as vLLM; CUTEDSL uses it for w2"),
+)  # fmt: skip
+_check(
+    "M27-S007", WARNING, "scale is the default 1.0",
+    "Exactly 1.0 is what is written where nothing was measured.", _REQUANTIZE,
+    _engines("dominates the layer's maximum; small activations underflow", "as vLLM"),
+)  # fmt: skip
+_check(
+    "M27-S008", ERROR, "weight_scale_2 is 1/6",
+    "448/2688: the maximum was taken from raw FP8 codes, without their block scales.",
+    "Quantize from the dequantized weights (m27quant does; modelopt 0.47 on FP8 modules does not).",
+    _engines("uses it: garbage", "uses it: garbage", "uses it: garbage"),
+)  # fmt: skip
+_check(
+    "M27-S009", WARNING, "input_scale far below its layer's median",
+    "Less than 1/16 of the median of the layer's experts: an expert that saw too few tokens saturates.",
+    _REQUANTIZE, _engines("hidden by the layer's maximum, except VLLM_CUTLASS", "CUTEDSL uses it for w2"),
+)  # fmt: skip
+_check(
+    "M27-S010", WARNING, "scale far above its layer's median",
+    "More than 64 times the median: an outlier in calibration, or a damaged number.",
+    "Look at the calibration text, or at the weights of this expert.",
+    _engines("raises the layer's maximum for all experts", "as vLLM"),
+)  # fmt: skip
+_check(
+    "M27-S011", WARNING, "weight_scale_2 far below its layer's median",
+    "Less than 1/64 of the median: a matrix of almost nothing, or a damaged number.",
+    "Compare the expert with the original.", _engines("used as it is", "used as it is"),
+)  # fmt: skip
+_check(
+    "M27-S012", ERROR, "block scale is NaN", "Codes 0x7F and 0xFF of E4M3: sixteen weights are NaN.",
+    _REQUANTIZE, _engines("NaN for every token of this expert", "as vLLM", "as vLLM"),
+)  # fmt: skip
+_check(
+    "M27-S013", ERROR, "block scale is negative", "A block scale is a magnitude: sixteen weights change sign.",
+    _REQUANTIZE, _engines("used as it is, or as its magnitude", "as vLLM", "used as it is"),
+)  # fmt: skip
+_check(
+    "M27-S014", ERROR, "block scale is zero under non-zero codes",
+    "Sixteen weights that are not zero become zero: the block's scale underflowed E4M3.",
+    "Quantize with m27quant or modelopt 0.45 and later, which keep at least 2^-9.",
+    _engines("zero weights, silently", "zero weights, silently", "zero weights, silently"),
+)  # fmt: skip
+_check(
+    "M27-S015", WARNING, "block scales are saturated",
+    "More than a tenth of a matrix's block scales is 448: its global scale is too small and blocks are clipped.",
+    "Take weight_scale_2 from the matrix's own maximum.", _engines("used as it is", "used as it is", "used as it is"),
+)  # fmt: skip
+_check(
+    "M27-S016", WARNING, "KV scales are all 1.0",
+    "Placeholders: the cache was never calibrated.  Without any KV scales engines use the same 1.0.",
+    "Calibrate the cache, or leave the scales out (recipe *-fp8_kv_cast).",
+    _engines("1.0: keys or values beyond 448 are clipped", "as vLLM"),
+)  # fmt: skip
+_check(
+    "M27-S017", NOTE, "FP8 cache without scales",
+    "The cast recipe: config asks for an FP8 cache, no scales are stored, engines use 1.0.",
+    "Nothing, where this is meant; recipe nvfp4_experts_only-fp8_kv calibrates them.",
+    _engines("1.0 and one warning", "1.0"),
+)  # fmt: skip
+
+# -- configs ---------------------------------------------------------------------------------------
+
+_check(
+    "M27-F001", ERROR, "config file is missing or unreadable",
+    "A file that engines read first is absent, or is no JSON object (NaN, byte-order mark, duplicate keys included).",
+    "Fetch the file again.", _engines("error on load", "error on load", "error on load"),
+)  # fmt: skip
+_check(
+    "M27-F002", ERROR, "config.json is not usable", "A field that the model's sizes depend on is absent or impossible.",
+    "Take config.json from the original checkpoint and replace only quantization_config.",
+    _engines("error on load, or the class's defaults", "as vLLM", "the class's defaults, silently"),
+)  # fmt: skip
+_check(
+    "M27-F003", ERROR, "rotary_dim is missing",
+    "Neither rotary_dim nor partial_rotary_factor: readers rotate the whole head instead of half of it.",
+    'Add "rotary_dim": 64, as the official config.json has it.',
+    _engines("rotates the full head: garbage", "rotates the full head: garbage", "rotates the full head: garbage"),
+)  # fmt: skip
+_check(
+    "M27-F004", ERROR, "rope_theta is missing", "Readers fall back to 10000 where M2 was trained with 5000000.",
+    'Add "rope_theta", as the official config.json has it.',
+    _engines("10000, silently", "10000, silently", "the class's default"),
+)  # fmt: skip
+_check(
+    "M27-F005", ERROR, "no quantization_config",
+    "Nothing in config.json says that the experts are NVFP4.", _CONFIG,
+    _engines("reads hf_quant_config.json where there is one, else shape errors", "as vLLM", "shape errors"),
+)  # fmt: skip
+_check(
+    "M27-F006", WARNING, "no hf_quant_config.json", "TensorRT-LLM and older engines read this file alone.",
+    "Write it beside config.json with the same values.",
+    _engines("not needed beside quantization_config", "not needed beside quantization_config"),
+)  # fmt: skip
+_check(
+    "M27-F007", ERROR, "quant_algo is wrong",
+    "The label must be NVFP4 (under quant_method modelopt), since that is what the expert tensors are.", _CONFIG,
+    _engines("refuses it, or takes another loader", "refuses it, or takes another loader"),
+)  # fmt: skip
+_check(
+    "M27-F008", ERROR, "config.json and hf_quant_config.json disagree",
+    "One checkpoint, two descriptions: each engine follows the one that it reads.", _CONFIG,
+    _engines("follows config.json", "follows config.json"),
+)  # fmt: skip
+_check(
+    "M27-F009", ERROR, "group size is not 16", "NVFP4 has one block scale for 16 weights.", _CONFIG,
+    _engines("wrong shapes", "wrong shapes"),
+)  # fmt: skip
+_check(
+    "M27-F010", ERROR, "kv_cache_scheme is not static",
+    'Without "dynamic": false the cache silently stays in BF16.', _CONFIG,
+    _engines("BF16 cache with only a warning: twice the memory", "ignores the field"),
+)  # fmt: skip
+_check(
+    "M27-F011", ERROR, "kv_cache_scheme is not 8-bit float", "Engines know an FP8 (E4M3) cache, nothing else.", _CONFIG,
+    _engines("BF16 cache, or an error", "BF16 cache, or an error"),
+)  # fmt: skip
+_check(
+    "M27-F012", ERROR, "producer is not modelopt", "vLLM takes the format's meaning from producer.name.",
+    'Set producer.name to "modelopt".', _engines("refuses or misreads the section"),
+)  # fmt: skip
+_check(
+    "M27-F013", WARNING, "activations are declared unquantized",
+    "input_activations is null while the label says NVFP4: vLLM takes the 16-bit path of Marlin.",
+    "Declare input_activations, or label the checkpoint W4A16_NVFP4.",
+    _engines("reroutes to W4A16_NVFP4"),
+)  # fmt: skip
+_check(
+    "M27-F014", ERROR, "config_groups are not NVFP4", "Weights must be 4-bit floats, static.", _CONFIG,
+    _engines("refuses or misreads the section", "ignores the groups"),
+)  # fmt: skip
+_check(
+    "M27-F015", WARNING, "KV scales without an FP8 cache",
+    "Scales are stored, but no kv_cache_scheme asks for an FP8 cache: engines leave them aside.", _CONFIG,
+    _engines("BF16 cache unless told otherwise", "BF16 cache unless told otherwise"),
+)  # fmt: skip
+_check(
+    "M27-F016", ERROR, "no end-of-sequence token",
+    "generation_config.json is absent or names no eos_token_id: generation does not stop at the end of a turn.",
+    "Copy generation_config.json from the original (eos_token_id 200020).",
+    _engines("runs to the token limit", "runs to the token limit", "uses the class's default"),
+)  # fmt: skip
+_check(
+    "M27-F017", ERROR, "wrong end-of-sequence token",
+    "eos_token_id is not the tokenizer's end of turn, `[e~[`: generation does not stop where a turn ends.",
+    "Copy generation_config.json from the original (eos_token_id 200020).",
+    _engines("runs to the token limit", "runs to the token limit", "runs to the token limit"),
+)  # fmt: skip
+_check(
+    "M27-F018", WARNING, "class defaults for bos and eos in config.json",
+    "bos 1 and eos 2 come from the configuration class of the original's code, not from the model.",
+    "Remove both from config.json; generation_config.json has the true ones.",
+    _engines("generation_config.json wins", "adds the wrong eos", "generation_config.json wins"),
+)  # fmt: skip
+_check(
+    "M27-F019", WARNING, "auto_map without its files",
+    "config.json names Python files that are not in the folder.",
+    "Remove auto_map, or copy the files from the original.",
+    _engines("error with --trust-remote-code", "error with --trust-remote-code", "error with trust_remote_code"),
+)  # fmt: skip
+_check(
+    "M27-F020", WARNING, "tokenizer class that breaks on transformers 5",
+    "GPT2Tokenizer replaces M2's own pre-tokenizer in early transformers 5: spurious spaces, other ids.",
+    'Set tokenizer_class to "PreTrainedTokenizerFast" in tokenizer_config.json.',
+    _engines("spurious spaces, by version", "spurious spaces, by version", "wrong in early 5.x"),
+)  # fmt: skip
+_check(
+    "M27-F021", WARNING, "tokenizer is missing", "No tokenizer.json in the folder.",
+    "Copy it from the original.",
+    _engines("needs --tokenizer", "needs --tokenizer-path", "cannot load a tokenizer"),
+)  # fmt: skip
+_check(
+    "M27-F022", WARNING, "chat template is missing", "Neither chat_template.jinja nor one in tokenizer_config.json.",
+    "Copy chat_template.jinja from the original.",
+    _engines("chat requests fail", "a wrong default template", "chat templates fail"),
+)  # fmt: skip
+_check(
+    "M27-F023", WARNING, "special token is missing", "The tokenizer does not know one of M2's special tokens.",
+    "Copy tokenizer.json from the original.",
+    _engines("turns, thinking or tool calls are not recognized", "as vLLM", "as vLLM"),
+)  # fmt: skip
+_check(
+    "M27-F024", ERROR, "tokenizer is larger than the vocabulary",
+    "The tokenizer gives ids for which the embedding has no row.", "Take tokenizer and config.json of one model.",
+    _engines("index error or garbage", "index error or garbage", "index error"),
+)  # fmt: skip
+_check(
+    "M27-F025", NOTE, "claims multi-token prediction",
+    "use_mtp and num_mtp_modules promise layers that public M2.x checkpoints do not hold.",
+    "Nothing: engines drop the claim.  Speculative decoding needs a drafter of its own.",
+    _engines("drops it", "drops it", "ignores it"),
+)  # fmt: skip
+_check(
+    "M27-F026", ERROR, "two answers on rotation",
+    "rotary_dim and partial_rotary_factor, or rope_theta and rope_parameters, contradict each other.",
+    "Keep the official fields: rotary_dim and rope_theta.",
+    _engines("version by version another one counts", "as vLLM", "rope_parameters count"),
+)  # fmt: skip
+
+# -- engines ---------------------------------------------------------------------------------------
+
+_check(
+    "M27-E001", ERROR, "exclude list covers experts",
+    "By the engine's own matching the list takes NVFP4 experts out of quantization "
+    "(vLLM sees `mlp.experts`, SGLang `block_sparse_moe.experts`).",
+    "Use model.layers.N.self_attn*, model.layers.N.block_sparse_moe.gate for every layer, and lm_head.",
+    _engines("AttributeError: no parameter 'w13_weight_scale'", "experts stay uninitialized, silently"),
+)  # fmt: skip
+_check(
+    "M27-E002", ERROR, "attention is not excluded",
+    "By the engine's own matching it expects NVFP4 where the checkpoint holds BF16.",
+    "Exclude model.layers.N.self_attn* for every layer.",
+    _engines("shape error on load", "shape error on load"),
+)  # fmt: skip
+_check(
+    "M27-E003", ERROR, "lm_head is not excluded", "vLLM quantizes the head unless it is excluded.",
+    'Add "lm_head" to the exclude lists.', _engines("shape error on load"),
+)  # fmt: skip
+_check(
+    "M27-E004", ERROR, "q, k and v are excluded only in part", "Engines fuse the three and want one answer for all.",
+    "Exclude model.layers.N.self_attn* for every layer.",
+    _engines('ValueError "Detected some but not all shards of ... are quantized"', "as vLLM"),
+)  # fmt: skip
+_check(
+    "M27-E005", WARNING, "regular expression in the exclude list",
+    "`re:` is compressed-tensors' notation; modelopt's readers do not know it.", "Write globs or names.",
+    _engines("never matches", "never matches"),
+)  # fmt: skip
+_check(
+    "M27-E006", ERROR, "exclude list is not usable", "It is no list of module names, or far longer than the model.",
+    _CONFIG, _engines("error on load", "error on load"),
+)  # fmt: skip

@@ -1,0 +1,128 @@
+"""`verify_checkpoint`: all checks of a level over one folder."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from m27quant.errors import UsageError, escape
+from m27quant.verify.checks import CHECKS
+from m27quant.verify.collect import Findings
+from m27quant.verify.configs import check_configs, read_configs
+from m27quant.verify.container import read_container
+from m27quant.verify.engines import ENGINES, Engine, check_engines
+from m27quant.verify.findings import Finding, VerifyResult
+from m27quant.verify.findings import select as keep
+from m27quant.verify.inventory import check_inventory
+from m27quant.verify.types import check_types
+from m27quant.verify.view import View
+
+Level = Literal["quick", "default"]
+NEEDS_SCALES = {f"M27-S{number:03d}" for number in range(1, 17)}
+"""What headers cannot tell."""
+
+
+def verify_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    *,
+    level: Level = "default",
+    engine: Engine | None = None,
+    select: Iterable[str] = (),
+    ignore: Iterable[str] = (),
+) -> VerifyResult:
+    """Check a folder that should hold MiniMax-M2.x in experts-only NVFP4.
+
+    Args:
+        checkpoint: the folder.
+        level: "quick" reads headers, index and configs; "default" also every scale.
+        engine: report only what concerns this engine; all where None.
+        select: codes, or their beginnings, to report; all where empty.
+        ignore: codes, or their beginnings, not to report.
+
+    Raises:
+        UsageError: an unknown level, engine or code.
+        CheckpointError: not a checkpoint of this model at all; all lesser faults are findings.
+        EnvironmentFault: a file that exists and cannot be read.
+    """
+    select, ignore = _codes(select), _codes(ignore)
+    _one_of("level", level, get_args(Level))
+    if engine is not None:
+        _one_of("engine", engine, ENGINES)
+    found = Findings()
+    view = read_container(Path(checkpoint), found)
+    read_configs(view, found)
+    check_inventory(view, found)
+    check_types(view, found)
+    check_configs(view, found)
+    check_engines(view, found, ENGINES if engine is None else (engine,))
+    if level != "quick":
+        from m27quant.verify.scales import check_scales  # numpy: not for headers alone
+
+        check_scales(view, found)
+    run = [code for code in CHECKS if level != "quick" or code not in NEEDS_SCALES]
+    return VerifyResult(
+        checkpoint=escape(checkpoint, 4096),
+        level=level,
+        findings=tuple(_chosen(found, engine, select, ignore)),
+        facts=_facts(view),
+        checks_run=tuple(code for code in run if _concerns(code, engine)),
+    )
+
+
+def _chosen(
+    found: Findings, engine: Engine | None, only: tuple[str, ...], ignore: tuple[str, ...]
+) -> list[Finding]:
+    return [f for f in keep(found.finish(), only=only, ignore=ignore) if _concerns(f.check.code, engine)]
+
+
+def _concerns(code: str, engine: Engine | None) -> bool:
+    engines = CHECKS[code].engines
+    return engine is None or not engines or engine in engines
+
+
+def _codes(codes: Iterable[str]) -> tuple[str, ...]:
+    chosen = tuple(codes)
+    for code in chosen:
+        if not code or not any(known.startswith(code) for known in CHECKS):
+            raise UsageError(
+                f"unknown check '{escape(code)}'",
+                hint="codes look like M27-T001; a beginning means all of it",
+            )
+    return chosen
+
+
+def _one_of(what: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"unknown {what} '{escape(value)}'", hint=f"one of: {', '.join(known)}")
+
+
+def _facts(view: View) -> dict[str, Any]:
+    """What the checkpoint is."""
+    stored: Counter[str] = Counter()
+    for info in view.tensors.values():
+        stored[info.dtype] += info.nbytes
+    facts: dict[str, Any] = {
+        "num_tensors": len(view.tensors),
+        "num_shards": len(view.shard_sizes),
+        "total_bytes": sum(view.shard_sizes.values()),
+        "bytes_by_dtype": dict(sorted(stored.items())),
+        "quant_algo": _text((view.section or view.hf_quant or {}).get("quant_algo")),
+        "kv_cache": "fp8" if view.kv_declared else "bf16",
+        "kv_scales": sum(n.endswith((".k_scale", ".v_scale")) for n in view.tensors),
+    }
+    if (c := view.config) is not None:
+        facts |= {
+            "num_hidden_layers": c.num_hidden_layers,
+            "num_local_experts": c.num_local_experts,
+            "hidden_size": c.hidden_size,
+            "intermediate_size": c.intermediate_size,
+            "vocab_size": c.vocab_size,
+        }
+    return facts
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else escape(value)

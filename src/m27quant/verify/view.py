@@ -1,0 +1,44 @@
+"""What the checks look at: one checkpoint folder, read once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from m27quant.checkpoint.config import M2Config
+from m27quant.checkpoint.header import TensorInfo
+from m27quant.checkpoint.names import TensorSpec
+
+
+@dataclass(slots=True)
+class View:
+    """A checkpoint as far as it could be read; what is absent was reported by the check that missed it."""
+
+    folder: Path
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    """By name, from the headers; where two shards hold one, the index decides."""
+    lost: set[str] = field(default_factory=set)
+    """Names that the index promises, in shards that cannot be read or do not hold them: already reported."""
+    shard_sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of each shard that was read."""
+    raw_config: dict[str, Any] = field(default_factory=dict)
+    config: M2Config | None = None
+    """Its sizes, corrected by the tensors where the two disagree; None where config.json is not usable."""
+    section: dict[str, Any] | None = None
+    """config.json's quantization_config."""
+    hf_quant: dict[str, Any] | None = None
+    """hf_quant_config.json's `quantization`."""
+    expected: dict[str, TensorSpec] = field(default_factory=dict)
+    """What config.json implies, by name."""
+    excused: set[str] = field(default_factory=set)
+    """Expert tensors by ending (`.weight`, `.input_scale`) that are wrong as a whole: reported once, not each."""
+    pointers: set[str] = field(default_factory=set)
+    """Files that are git-lfs pointers."""
+
+    @property
+    def kv_declared(self) -> bool:
+        """True where the configs ask for an FP8 cache."""
+        if self.section is not None:
+            return self.section.get("kv_cache_scheme") is not None
+        return bool(self.hf_quant and self.hf_quant.get("kv_cache_quant_algo"))

@@ -1,0 +1,39 @@
+"""The inventory of the real thing: 191,211 tensors in their real shapes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.verify.sparse import write_sparse
+
+TENSORS = 191_211
+PROGRAM = """
+import json, resource, sys, time
+from m27quant import verify_checkpoint
+begin = time.perf_counter()
+result = verify_checkpoint(sys.argv[1], level="quick")
+json.dump({
+    "seconds": time.perf_counter() - begin,
+    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "torch": "torch" in sys.modules,
+    "codes": [f.check.code for f in result.findings],
+    "tensors": result.facts["num_tensors"],
+}, sys.stdout)
+"""
+
+
+@pytest.mark.slow
+def test_quick_on_full_m27_takes_seconds_and_little_memory(tmp_path: Path) -> None:
+    folder = write_sparse(tmp_path / "m27")
+    run = subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, check=True)
+    measured = json.loads(run.stdout)
+    assert measured["codes"] == ["M27-F021", "M27-F022"]  # it has no tokenizer and no chat template
+    assert measured["tensors"] == TENSORS
+    assert not measured["torch"]
+    assert measured["seconds"] < 10
+    assert measured["peak"] < 1e9
