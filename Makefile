@@ -28,10 +28,11 @@ $(STAMP): pyproject.toml setup.py $(wildcard src/m27quant/kernels/_native/*.[ch]
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
-# The first command of the README, on the checkpoint that lies in examples/.
+# The first commands of the README, on the checkpoint that lies in examples/.
 demo: $(STAMP)
 	$(BIN)/m27quant quantize examples/tiny-m27 $(DEMO) --recipe $(RECIPE) \
 		--dataset examples/tiny-m27/calibration.jsonl --overwrite
+	$(BIN)/m27quant verify $(DEMO)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto $(PYTEST_FLAGS)
@@ -43,9 +44,10 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# What is generated from the program: the reference of the command line and the list of frozen options.
+# What is generated from the program: the references of command line and checks, the list of frozen options.
 docs: $(STAMP)
-	$(BIN)/python -m m27quant.cli.docs > docs/cli.md
+	$(BIN)/python -m m27quant.cli.docs cli > docs/cli.md
+	$(BIN)/python -m m27quant.cli.docs checks > docs/checks.md
 	$(BIN)/python -m tests.cli.test_docs
 
 build: $(STAMP)

@@ -2,6 +2,8 @@
 
 >>> import m27quant
 >>> m27quant.quantize_checkpoint("MiniMaxAI/MiniMax-M2.7", "m27-nvfp4")  # doctest: +SKIP
+>>> m27quant.verify_checkpoint("m27-nvfp4").ok  # doctest: +SKIP
+True
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from m27quant.checkpoint.overview import Overview, inspect_checkpoint
     from m27quant.estimate import DryRun, dry_run
     from m27quant.prepare import Options
     from m27quant.quantize import QuantizeResult, quantize_checkpoint
@@ -22,19 +25,23 @@ _LAZY = {
     "DryRun": "m27quant.estimate",
     "dry_run": "m27quant.estimate",
     "Options": "m27quant.prepare",
+    "Overview": "m27quant.checkpoint.overview",
     "QuantizeResult": "m27quant.quantize",
-    "quantize_checkpoint": "m27quant.quantize",
     "VerifyResult": "m27quant.verify.findings",
+    "inspect_checkpoint": "m27quant.checkpoint.overview",
+    "quantize_checkpoint": "m27quant.quantize",
     "verify_checkpoint": "m27quant.verify.run",
 }
 
 __all__ = [
     "DryRun",
     "Options",
+    "Overview",
     "QuantizeResult",
     "VerifyResult",
     "__version__",
     "dry_run",
+    "inspect_checkpoint",
     "quantize_checkpoint",
     "verify_checkpoint",
 ]

@@ -9,13 +9,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 from types import FrameType
 from typing import Annotated
 
 import typer
 
 import m27quant
-from m27quant.cli import env, inspect, quantize
+from m27quant.cli import env, explain, inspect, quantize, verify
 from m27quant.cli.output import Mode, Output
 from m27quant.cli.recipe import recipe_app
 from m27quant.errors import EnvironmentFault, Interrupted, M27Error, UsageError
@@ -59,7 +60,9 @@ def _program(
 app.add_typer(recipe_app, name="recipe")
 app.command("env")(env.env)
 app.command("quantize")(quantize.quantize)
+app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)
+app.command("explain")(explain.explain)
 
 
 class _Stop:
@@ -116,11 +119,17 @@ def _run(args: list[str], stop: _Stop) -> int:
 
 
 def _report(args: list[str], fault: M27Error, cause: Exception | None = None) -> int:
-    before_dashes = args[: args.index("--")] if "--" in args else args
-    output = Output(Mode.JSON if "--json" in before_dashes else Mode.HUMAN)
+    output = Output(Mode.JSON if _asks_for_json(args) else Mode.HUMAN)
     debug = cause is not None and os.environ.get("M27QUANT_DEBUG", "") not in ("", "0")
     output.error(fault, traceback="".join(traceback.format_exception(cause)) if debug else None)
     return fault.exit_code
+
+
+def _asks_for_json(args: list[str]) -> bool:
+    """`--json`, or an output format of that name, before a `--`; also where the arguments cannot be parsed."""
+    before_dashes = args[: args.index("--")] if "--" in args else args
+    named = ("--output-format", "json") in pairwise(before_dashes)
+    return named or "--json" in before_dashes or "--output-format=json" in before_dashes
 
 
 def _usage_error(error: typer.TyperException) -> M27Error:

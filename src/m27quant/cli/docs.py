@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the program itself: `python -m m27quant.cli.docs > docs/cli.md`."""
+"""Writes what docs/ has of the program itself: `python -m m27quant.cli.docs cli > docs/cli.md`, or `checks`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 import typer.main
 
 from m27quant.cli.app import app
+from m27quant.report.checks import book
+from m27quant.verify.checks import CHECKS
 
 HEADER = """\
 # Command line
@@ -79,4 +81,4 @@ def _escape(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(reference())
+    sys.stdout.write(reference() if sys.argv[1:] == ["cli"] else book(CHECKS.values()))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from m27quant.report.text import line, location, paragraph
+from m27quant.verify.checks import CHECKS
 
 if TYPE_CHECKING:
     from m27quant.verify.findings import Finding, VerifyResult
@@ -31,7 +32,7 @@ def render(result: VerifyResult, *, fail_on: str = "error") -> str:
 def _case(
     suite: ET.Element, result: VerifyResult, code: str, found: Sequence[Finding], failing: set[str]
 ) -> None:
-    check = found[0].check if found else None
+    check = found[0].check if found else CHECKS.get(code)
     name = f"{line(code)} {line(check.title)}" if check else line(code)
     family = line(check.family) if check else "verify"
     case = ET.SubElement(suite, "testcase", {"classname": f"m27quant.{family}", "name": name})
