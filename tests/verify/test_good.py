@@ -1,0 +1,119 @@
+"""Good checkpoints verify without an error and without a warning, at every level."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import m27quant
+from m27quant import quantize_checkpoint, verify_checkpoint
+from m27quant.errors import CheckpointError, UsageError
+from m27quant.verify.checks import CHECKS
+from m27quant.verify.findings import Severity, VerifyResult
+from m27quant.verify.run import Level
+from tests.verify.conftest import RECIPES, SMALL
+
+LEVELS = get_args(Level)
+
+
+def loud(result: VerifyResult) -> list[str]:
+    """What a good checkpoint must not give."""
+    return [f.message for f in result.findings if f.severity is not Severity.NOTE]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_small_checkpoints(checkpoints: dict[str, Path], recipe: str, level: Level) -> None:
+    result = verify_checkpoint(checkpoints[recipe], level=level)
+    assert loud(result) == []
+    assert result.ok
+    notes = [f.check.code for f in result.findings]
+    assert notes == (["M27-S017"] if recipe == "fp8_kv_cast" else [])
+    assert result.facts["num_local_experts"] == SMALL.num_local_experts
+    assert result.facts["kv_scales"] == (2 * SMALL.num_hidden_layers if recipe == "fp8_kv" else 0)
+    assert result.facts["kv_cache"] == ("bf16" if recipe == "bf16_kv" else "fp8")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_tiny_m27(repository: Path, tmp_path: Path, recipe: str) -> None:
+    tiny = repository / "examples/tiny-m27"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join((tiny / "calibration.jsonl").read_text().splitlines(keepends=True)[:12]))
+    out = tmp_path / "out"
+    quantize_checkpoint(str(tiny), out, recipe=RECIPES[recipe], dataset=str(rows))
+    for level in LEVELS:
+        result = verify_checkpoint(out, level=level)
+        assert loud(result) == []
+        assert "M27-F025" in {
+            f.check.code for f in result.findings
+        }  # its config claims MTP, as the original's
+
+
+def test_quick_imports_neither_torch_nor_numpy(checkpoints: dict[str, Path]) -> None:
+    program = (
+        "import sys, m27quant\n"
+        f"m27quant.verify_checkpoint({str(checkpoints['fp8_kv'])!r}, level='quick')\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_default_level_imports_no_torch(checkpoints: dict[str, Path]) -> None:
+    program = (
+        "import sys, m27quant\n"
+        f"m27quant.verify_checkpoint({str(checkpoints['fp8_kv'])!r})\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_checks_that_were_run_are_named(checkpoints: dict[str, Path]) -> None:
+    quick = verify_checkpoint(checkpoints["fp8_kv"], level="quick").checks_run
+    full = verify_checkpoint(checkpoints["fp8_kv"]).checks_run
+    assert set(full) == set(CHECKS)
+    assert set(quick) < set(full)
+    assert "M27-S001" not in quick
+
+
+def test_every_check_says_what_it_means() -> None:
+    for code, check in CHECKS.items():
+        assert code == check.code
+        assert check.title
+        assert check.meaning.endswith(".")
+        assert check.mend
+        assert set(check.engines) <= {"transformers", "vllm", "sglang"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"level": "thorough"}, "unknown level 'thorough'"),
+        ({"engine": "llama.cpp"}, "unknown engine 'llama.cpp'"),
+        ({"select": ("M27-X",)}, "unknown check 'M27-X'"),
+        ({"ignore": ("",)}, "unknown check ''"),
+    ],
+)
+def test_unknown_options_are_refused(
+    checkpoints: dict[str, Path], options: dict[str, str], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        m27quant.verify_checkpoint(checkpoints["fp8_kv"], **options)  # type: ignore[arg-type]  # that is the test
+
+
+def test_the_original_is_not_a_quantized_checkpoint(repository: Path) -> None:
+    with pytest.raises(CheckpointError, match="FP8 original"):
+        verify_checkpoint(repository / "examples/tiny-m27", level="quick")
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such folder"):
+        verify_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="no weights"):
+        verify_checkpoint(tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="not a folder"):
+        verify_checkpoint(tmp_path / "file")
