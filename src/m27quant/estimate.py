@@ -16,7 +16,7 @@ from m27quant.checkpoint import names
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.writer import open_shards, plan_shard
 from m27quant.kernels import fp8_dequant
-from m27quant.pack import PackStats, Stored, bf16_buffers, pack_expert, read_expert
+from m27quant.pack import PackStats, Stored, bf16_buffers, pack_expert, read_expert, write_expert
 from m27quant.plan import disk_needed
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.quantize import log
@@ -143,7 +143,8 @@ def _time_expert(prepared: Prepared) -> tuple[float, dict[str, Stored]]:
             started = time.perf_counter()
             with open_shards(Path(folder), f"expert-{expert}", [plan_shard(specs)], []) as shards:
                 stored = read_expert(source, 0, expert, prepared.device)
-                pack_expert(source, 0, expert, stored, shards, PackStats(), buffers)
+                packed, _ = pack_expert(source, 0, expert, stored, PackStats(), buffers)
+                write_expert(shards, packed)
                 for projection in names.EXPERT_PROJECTIONS:
                     shards.write(f"{names.expert(0, expert, projection)}.input_scale", torch.tensor(1.0))
             seconds = time.perf_counter() - started

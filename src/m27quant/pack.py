@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,8 @@ from m27quant.runtime.loader import read_linear
 
 Stored = tuple[torch.Tensor, torch.Tensor | None]
 """A linear as it is stored: weight [N, K] in FP8 or BF16, and its block scales."""
+Packed = dict[str, nvfp4_pack.PackedNVFP4]
+"""The linears of an expert by module name."""
 
 
 @dataclass(slots=True)
@@ -56,25 +58,31 @@ def stream_experts(
 ) -> Iterator[Sequence[ExpertWeights]]:
     """Pack and write every expert of a layer in order; yields their BF16 weights, `group` experts at a time.
 
-    The next expert is read while this one is worked on.  Each source byte is read once.  What was yielded is
-    overwritten when the next group is asked for: fresh memory for it would cost more time than packing.
+    While an expert is worked on, the next is read and the last is written.  Each source byte is read once.
+    What was yielded is overwritten when the next group is asked for: fresh memory would cost more than packing.
 
     Raises:
         CheckpointError: NaN, Inf or a bad block scale in the source, naming the tensor.
     """
     num_experts = source.config.num_local_experts
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-        ahead = reader.submit(read_expert, source, layer, 0, device)
+    with ThreadPoolExecutor(1, thread_name_prefix="read-write") as files:
+        ahead = files.submit(read_expert, source, layer, 0, device)
+        behind: Future[None] | None = None
         batch: list[ExpertWeights] = []
         buffers = [bf16_buffers(source.config, device) for _ in range(min(group, num_experts))]
         for expert in range(num_experts):
             should_stop()
             stored = ahead.result()
             if expert + 1 < num_experts:
-                ahead = reader.submit(read_expert, source, layer, expert + 1, device)
-            batch.append(pack_expert(source, layer, expert, stored, shards, stats, buffers[len(batch)]))
+                ahead = files.submit(read_expert, source, layer, expert + 1, device)
+            packed, weights = pack_expert(source, layer, expert, stored, stats, buffers[len(batch)])
+            batch.append(weights)
             del stored
+            if behind is not None:
+                behind.result()
+            behind = files.submit(write_expert, shards, packed)
             if len(batch) == group or expert + 1 == num_experts:
+                behind.result()  # nothing may be underway when the caller fails and the files are closed
                 yield batch
                 batch.clear()
 
@@ -90,33 +98,34 @@ def pack_expert(
     layer: int,
     expert: int,
     stored: dict[str, Stored],
-    shards: ShardSet,
     stats: PackStats,
     buffers: dict[str, torch.Tensor],
-) -> ExpertWeights:
-    """Write one expert's packed weights and scales; w1 and w3 share their `weight_scale_2`.
-
-    Returns its BF16 weights: in `buffers`, or as they are stored.
-    """
+) -> tuple[Packed, ExpertWeights]:
+    """One expert in NVFP4, w1 and w3 with one `weight_scale_2`, and in BF16: in `buffers`, or as it is stored."""
     block = source.config.weight_block_size or fp8_dequant.BLOCK
     amax = {}
     for projection, (weight, scale) in stored.items():
         with Naming(names.expert(layer, expert, projection)):
             amax[projection] = nvfp4_pack.amax(weight, scale, block=block)
     amax["w1"] = amax["w3"] = torch.maximum(amax["w1"], amax["w3"])
+    result: Packed = {}
     plain = {}
     for projection, (weight, scale) in stored.items():
         module = names.expert(layer, expert, projection)
         with Naming(module):
-            packed = nvfp4_pack.pack(weight, scale, amax=amax[projection], block=block)
-        shards.write(f"{module}.weight", packed.weight)
-        shards.write(f"{module}.weight_scale", packed.weight_scale)
-        shards.write(f"{module}.weight_scale_2", packed.weight_scale_2)
+            packed = result[module] = nvfp4_pack.pack(weight, scale, amax=amax[projection], block=block)
         if scale is not None:
             weight = fp8_dequant.dequantize(weight, scale, block=block, out=buffers[projection])
         plain[projection] = weight
         _note(stats, module, projection, weight, packed)
-    return ExpertWeights(expert, **plain)
+    return result, ExpertWeights(expert, **plain)
+
+
+def write_expert(shards: ShardSet, packed: Packed) -> None:
+    """Write the packed weights and scales of an expert's modules."""
+    for module, tensors in packed.items():
+        for name, tensor in tensors._asdict().items():
+            shards.write(f"{module}.{name}", tensor)
 
 
 def _note(

@@ -127,8 +127,9 @@ def _layer_bytes(c: M2Config, tokens: int, group: int, device: torch.device) -> 
     attention = tokens * _attention_bytes_per_token(c)
     expert = 3 * c.hidden_size * c.intermediate_size
     stored = expert * (1 if c.weight_block_size else 2)
-    # packing one expert while the next is read, or calibrating with the next one read
-    packing = stored + (PLAIN_PACKING if choose("nvfp4_pack", device).backend == "reference" else expert)
+    # packing one expert while the next is read and the last is written, or calibrating with the next one read
+    plain = choose("nvfp4_pack", device).backend == "reference"
+    packing = stored + 2 * expert + (PLAIN_PACKING if plain else 0)
     experts = group * 2 * expert + stored + max(packing, tokens * _expert_bytes_per_token(c))
     transients = tokens * max(_attention_bytes_per_token(c), _expert_bytes_per_token(c))
     return max(attention_weights + attention, experts) + min(HEAP_RETENTION, 3 * transients) + PIECE_BYTES
