@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from m27quant.checkpoint import names
+from m27quant.checkpoint.buffers import byte_view
 from m27quant.checkpoint.config import M2Config, parse_config
 from m27quant.checkpoint.durable import pwrite_all
 from m27quant.checkpoint.names import TensorSpec
@@ -170,7 +171,7 @@ class _Weights:
             count = spec.shape[0] * spec.shape[1]
             assert count < POOL_BYTES, spec
             at = int(torch.randint(POOL_BYTES - count, (1,), generator=self._generator))
-            return memoryview(self._pool[at : at + count].numpy())
+            return byte_view(self._pool[at : at + count])
         noise = torch.randn(spec.shape, generator=self._generator)
         if spec.name.endswith("weight_scale_inv"):
             value = (0.25 * noise).exp() * (spec.shape[1] * BLOCK) ** -0.5 / CODE_STD
@@ -181,7 +182,7 @@ class _Weights:
         else:
             value = noise if spec.name == names.EMBEDDING else noise * spec.shape[-1] ** -0.5
         stored = value.bfloat16() if spec.dtype == "BF16" else value
-        return memoryview(stored.reshape(-1).view(torch.uint8).numpy())
+        return byte_view(stored)
 
 
 def main() -> None:
