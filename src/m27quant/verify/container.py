@@ -140,7 +140,7 @@ def _listed(index: _Index, shards: list[str], folder: Path, found: Findings) -> 
             check_stays_inside(folder, shard)
         except CheckpointError as fault:
             code = "M27-C016" if "link" in fault.message and "plain" not in fault.message else "M27-C015"
-            found.add(code, fault.message, file=shard, tensor=first[shard])
+            found.add(code, _without_folder(fault.message, folder), file=shard, tensor=first[shard])
             continue
         if os.path.lexists(folder / shard):
             usable.append(shard)

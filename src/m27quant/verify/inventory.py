@@ -229,7 +229,9 @@ def _check_kv_scales(view: View, found: Findings) -> None:
 
 def _check_unknown(view: View, found: Findings) -> None:
     assert view.config is not None
-    for name in view.tensors.keys() - view.expected.keys():
+    for name in view.tensors:
+        if name in view.expected:
+            continue
         code, what = _kind(name, view.config)
         found.add(code, f"'{escape(name)}' {what}", tensor=name, found=view.tensors[name].dtype)
 
