@@ -216,3 +216,21 @@ def test_a_private_folder_that_is_a_link(good: Path, tmp_path: Path, quantize: Q
         assert (ended.code, ended.error["kind"]) == (5, "output")
         assert ".m27quant: a link" in ended.error["message"]
     assert (tmp_path / "theirs" / "work" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("model", ["org/name", "local"])
+def test_out_is_looked_at_before_anything_long(
+    model: str, good: Path, tmp_path: Path, quantize: Quantize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before hundreds of gigabytes are fetched, or a data set is read."""
+
+    def prepare(*args: object, **options: object) -> None:
+        pytest.fail("too early")
+
+    monkeypatch.setattr("m27quant.quantize.prepare", prepare)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "theirs").touch()
+    assert quantize(good if model == "local" else model, out).code == 5
+    assert quantize(good, good / "out").code == 2
+    assert quantize(good, tmp_path / "new", "--resume", "--overwrite").code == 2

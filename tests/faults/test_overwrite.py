@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from m27quant.errors import OutputError
+from m27quant.progress import Progress
+from m27quant.quantize import quantize_checkpoint
 from tests.checkpoints import write_checkpoint
 from tests.faults.conftest import SMALL, Case, Ended, Quantize
 from tests.faults.harness import KILLED, Program, Tree, passes_for_a_checkpoint, tree, visible
@@ -194,6 +197,37 @@ def test_a_file_with_our_name_that_comes_late(program: Program, case: Case, out:
     (out / "config.json").rename(out.parent / "elsewhere")
     ended = program.run(*case.argv(out, "--resume"))
     assert (ended.code, tree(out)) == (0, case.undisturbed), ended.err
+
+
+def test_a_file_with_our_name_that_comes_while_the_run_works(case: Case, out: Path) -> None:
+    """Looked for at the beginning, and again before the commit."""
+
+    def listen(snapshot: Progress) -> None:
+        if snapshot.stage == "experts" and snapshot.layer == 1:
+            (out / "config.json").write_text("theirs")
+
+    with pytest.raises(OutputError, match=r"did not make and would replace: config\.json"):
+        quantize_checkpoint(str(case.model), out, dataset=str(case.rows), progress=listen)
+    assert visible(out) == {"config.json": tree(out)["config.json"]}
+    assert (out / "config.json").read_text() == "theirs"
+    (out / "config.json").unlink()
+    quantize_checkpoint(str(case.model), out, dataset=str(case.rows), resume=True)
+    assert tree(out) == case.undisturbed
+
+
+def test_what_has_landed_is_not_taken_down_again(program: Program, case: Case, out: Path) -> None:
+    """Killed when only the cleaning up was left: whole it is, and whole it stays."""
+    whole = visible_of(case.undisturbed)
+    for again in ("--resume", "--overwrite"):
+        assert program.run(*case.argv(out), env={"M27QUANT_FAULT": "clean-up:1"}).code == KILLED
+        assert visible(out) == whole
+        fault = {"M27QUANT_FAULT": "clean-up:1" if again == "--resume" else "layer-computed:2"}
+        assert program.run(*case.argv(out, again), env=fault).code == KILLED
+        assert visible(out) == whole
+        never = {"M27QUANT_FAULT": "commit-begin:1" if again == "--resume" else "none"}
+        ended = program.run(*case.argv(out, "--resume"), env=never)
+        assert (ended.code, tree(out)) == (0, case.undisturbed), ended.err
+        shutil.rmtree(out)
 
 
 @pytest.mark.parametrize(
