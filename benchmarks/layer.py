@@ -47,7 +47,8 @@ def measure(size: Size, device: torch.device, *, tokens: int, seed: int = 0) -> 
     attention_s, experts_s = _run(c, weights, lengths, chunk, device)
     rate = flops(size, sum(lengths), row) / (attention_s + experts_s)
     same = machine.gemm_rate(device, chunk, c.hidden_size, c.intermediate_size)
-    peak = max(same, machine.gemm_rate(device, *(3 * [8192 if device.type == "cuda" else 2048])))
+    square = min(8192 if device.type == "cuda" else 2048, 4 * c.hidden_size)
+    peak = max(same, machine.gemm_rate(device, square, square, square))
     return {
         "tokens": sum(lengths),
         "chunk_tokens": chunk,

@@ -30,8 +30,8 @@ def interleaved(operations: Mapping[str, Callable[[], object]], rounds: int) -> 
     return best
 
 
-def copy_rate(device: torch.device, nbytes: int = 2**28) -> float:
-    """Bytes copied per second from memory to memory, in blocks that no cache holds."""
+def copy_rate(device: torch.device, nbytes: int) -> float:
+    """Bytes copied per second from memory to memory, in one block: a large one, that no cache holds."""
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)  # zeros might be one page many times
     target = torch.empty_like(source)
     return nbytes / interleaved({"copy": lambda: target.copy_(source)}, 7)["copy"]

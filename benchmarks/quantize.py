@@ -138,7 +138,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "bytes": model_bytes(size),
         },
     }
-    results["limits"] = {"copy_gb_per_s": round(machine.copy_rate(device) / 1e9, 2)}
+    results["limits"] = {
+        "copy_gb_per_s": round(machine.copy_rate(device, 2**22 if args.tiny else 2**28) / 1e9, 2)
+    }
     if "layer" in args.part:
         results["layer"] = layer.measure(size, device, tokens=args.layer_tokens)
         print(table("calibration pass, one layer", layer.describe(results["layer"])), flush=True)
