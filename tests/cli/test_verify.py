@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 from m27quant.cli.app import main
 from m27quant.cli.verify import FORMATS
 from tests.cli.conftest import Run
+from tests.report.results import HOSTILE
 
 LAYER = "model.layers.3.block_sparse_moe.experts.5"
 Call = Callable[..., tuple[int, str, str]]
@@ -150,6 +154,19 @@ def test_select_and_ignore(broken: Path, verify: Call) -> None:
     assert verify(broken, "--select", "M27-S", "--select", code)[0] == 1
 
 
+def test_only_selected_checks_count_as_run(nvfp4: Path, verify: Call) -> None:
+    def run(*flags: str) -> set[str]:
+        return set(json.loads(verify(nvfp4, "--json", *flags)[1])["checks_run"])
+
+    everything = run()
+    assert run("--select", "M27-S") == {code for code in everything if code.startswith("M27-S")}
+    assert run("--ignore", "M27-S") == {code for code in everything if not code.startswith("M27-S")}
+    assert run("--quick") < everything
+    code, out, err = verify(nvfp4, "--quick", "--select", "M27-S001")
+    assert (code, out) == (2, "")
+    assert "no check is left" in err
+
+
 def test_exit_zero_and_fail_on(broken: Path, verify: Call) -> None:
     code, out, err = verify(broken, "--exit-zero")
     assert (code, err) == (0, "")
@@ -206,3 +223,41 @@ def test_the_installed_program(broken: Path, nvfp4: Path, m27quant: Run) -> None
     assert found.returncode == 1
     assert findings(found.stdout)[0]["severity"] == "error"
     assert json.loads(found.stderr)["error"]["exit_code"] == 1
+
+
+def test_quick_imports_no_torch(nvfp4: Path) -> None:
+    probe = (
+        "import json, sys; from m27quant.cli.app import main; code = main(sys.argv[1:]); "
+        "print(json.dumps([code, sorted({'torch', 'numpy', 'transformers'} & set(sys.modules))]), file=sys.stderr)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", probe, "verify", str(nvfp4), "--quick"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(process.stderr) == [0, []]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_hostile_names_stay_text(
+    name: str, broken: Path, verify: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    index = broken / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = next(iter(content["weight_map"].values()))
+    content["weight_map"][HOSTILE] = shard
+    content["weight_map"][f"{LAYER}.w1.{HOSTILE}"] = HOSTILE
+    index.write_text(json.dumps(content))
+    summary = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    code, out, err = verify(broken, "--output-format", name)
+    assert code == 1
+    written = summary.read_text() if name == "github" else ""
+    for text in (out, err, written):
+        assert {c for c in text if not c.isprintable()} <= {"\n"}
+        text.encode("utf-8")
+    forged = [
+        row for row in out.splitlines() if row.startswith("::") and not re.match(r"::\w+ (file|title)=", row)
+    ]
+    assert forged == []

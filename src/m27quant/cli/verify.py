@@ -155,6 +155,11 @@ def verify(
         select=tuple(select or ()),
         ignore=tuple(ignore or ()),
     )
+    if not result.checks_run:
+        raise UsageError(
+            "no check is left that this level and engine apply",
+            hint="take fewer of --select, --ignore, --quick",
+        )
     result, accepted = _accept(output, result, baseline, write_baseline)
     _show(output, result, kind, fail_on, output_file, accepted)
     _end(result, fail_on, exit_zero)

@@ -68,7 +68,7 @@ def verify_checkpoint(
         level=level,
         findings=tuple(_chosen(found, engine, select, ignore)),
         facts=_facts(view),
-        checks_run=tuple(code for code in run if _concerns(code, engine)),
+        checks_run=tuple(code for code in run if _concerns(code, engine) and _wanted(code, select, ignore)),
     )
 
 
@@ -76,6 +76,11 @@ def _chosen(
     found: Findings, engine: Engine | None, only: tuple[str, ...], ignore: tuple[str, ...]
 ) -> list[Finding]:
     return [f for f in keep(found.finish(), only=only, ignore=ignore) if _concerns(f.check.code, engine)]
+
+
+def _wanted(code: str, only: tuple[str, ...], ignore: tuple[str, ...]) -> bool:
+    """As `select` has it for findings."""
+    return (not only or code.startswith(only)) and not (ignore and code.startswith(ignore))
 
 
 def _concerns(code: str, engine: Engine | None) -> bool:
