@@ -12,7 +12,7 @@ setup(
     ext_modules=[
         Extension(
             "m27quant.kernels._native.core",
-            sources=[f"{NATIVE}/{name}.c" for name in ("core", "fp8_dequant", "nvfp4_pack")],
+            sources=[f"{NATIVE}/{name}.c" for name in ("core", "fp8_dequant", "nvfp4_pack", "nvfp4_stats")],
             depends=[f"{NATIVE}/core.h"],
             # No -ffast-math and no contraction to FMA: every operation is rounded once, as in the reference.
             extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],

@@ -17,7 +17,7 @@ Backend = Literal["reference", "cpu-native", "triton"]
 
 ENVIRONMENT_VARIABLE = "M27QUANT_KERNELS"
 
-_COMPILED = frozenset({"nvfp4_pack", "fp8_dequant"})
+_COMPILED = frozenset({"nvfp4_pack", "nvfp4_stats", "fp8_dequant"})
 """Operations with a compiled CPU implementation."""
 
 _TRITON = frozenset({"nvfp4_pack"})

@@ -1,0 +1,63 @@
+"""Statistics of packed E2M1 codes: how many blocks are zero, how many codes are at the format's limit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from m27quant.kernels import native
+from m27quant.kernels.dispatch import choose
+
+BLOCK_BYTES = 8
+"""Sixteen codes."""
+MAGNITUDES = np.uint64(0x7777777777777777)
+ONES = np.uint64(0x1111111111111111)
+_STRIP = 1 << 15  # words: the intermediates stay in the cache
+
+
+class CodeCounts(NamedTuple):
+    """Of a run of whole blocks of 16 codes."""
+
+    blocks: int
+    zero: int
+    """Blocks whose 16 codes are all zero, of either sign."""
+    largest: int
+    """Codes of magnitude 6, the format's largest."""
+    reached: int
+    """Blocks that hold such a code: all that are not zero, where scales come from block maxima."""
+
+
+def count_codes(codes: npt.NDArray[np.uint8]) -> CodeCounts:
+    """Count in contiguous U8 [n], n a multiple of 8.
+
+    Raises:
+        ValueError: not whole blocks, or not contiguous.
+    """
+    if codes.size % BLOCK_BYTES or not codes.flags.c_contiguous:
+        raise ValueError("needs contiguous bytes in whole blocks of 8")
+    blocks = codes.size // BLOCK_BYTES
+    if choose("nvfp4_stats", "cpu").backend == "cpu-native":
+        counts = np.empty(3, np.int64)
+        native.function("m27_count_codes")(codes.ctypes.data, blocks, counts.ctypes.data)
+        return CodeCounts(blocks, *counts.tolist())
+    return CodeCounts(blocks, *reference(codes))
+
+
+def reference(codes: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
+    """(zero, largest, reached) in plain numpy."""
+    zero = largest = reached = 0
+    words = codes.view("<u8")
+    for begin in range(0, words.size, _STRIP):
+        x = words[begin : begin + _STRIP]
+        seven = x & (x >> np.uint64(1)) & (x >> np.uint64(2)) & ONES
+        zero += int(np.count_nonzero((x & MAGNITUDES) == 0))
+        largest += int(np.unpackbits(seven.view(np.uint8)).sum(dtype=np.int64))
+        reached += int(np.count_nonzero(seven))
+    return zero, largest, reached
+
+
+def zero_blocks(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
+    """Indices of the blocks whose codes are all zero."""
+    return np.flatnonzero((codes.view("<u8") & MAGNITUDES) == 0)

@@ -1,0 +1,52 @@
+"""Counts of packed codes: the compiled core, plain numpy and a count code by code agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from m27quant.kernels.nvfp4_stats import CodeCounts, count_codes, reference, zero_blocks
+
+
+def by_hand(codes: np.ndarray) -> CodeCounts:
+    nibbles = np.stack((codes & 15, codes >> 4), -1).reshape(-1, 16) & 7
+    largest = nibbles == 7
+    return CodeCounts(
+        len(nibbles),
+        int((nibbles == 0).all(1).sum()),
+        int(largest.sum()),
+        int(largest.any(1).sum()),
+    )
+
+
+def some_codes(blocks: int) -> np.ndarray:
+    generator = np.random.default_rng(blocks)
+    codes = generator.integers(0, 256, (blocks, 8), np.uint8)
+    codes[generator.random(blocks) < 0.2] = 0
+    codes[generator.random(blocks) < 0.1] = 0x88  # minus zero
+    codes[generator.random(blocks) < 0.1] &= 0xBB
+    return codes.ravel()
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 7, 100, 40_000])
+@pytest.mark.parametrize("kernels", ["", "reference"])
+def test_counts(blocks: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels:
+        monkeypatch.setenv("M27QUANT_KERNELS", kernels)
+    codes = some_codes(blocks)
+    assert count_codes(codes) == by_hand(codes)
+    assert reference(codes) == by_hand(codes)[1:]
+    assert len(zero_blocks(codes)) == by_hand(codes).zero
+
+
+def test_every_byte() -> None:
+    for byte in range(256):
+        codes = np.full(8, byte, np.uint8)
+        assert count_codes(codes) == by_hand(codes)
+
+
+def test_what_is_no_whole_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="whole blocks"):
+        count_codes(np.zeros(9, np.uint8))
+    with pytest.raises(ValueError, match="contiguous"):
+        count_codes(np.zeros(32, np.uint8)[::2])
