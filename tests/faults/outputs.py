@@ -375,7 +375,7 @@ INVENTORY = {
             renamed(r"(\.w[123])\.weight_scale_2$", r"\1.weight_global_scale"),
             renamed(r"(\.w[123])\.input_scale$", r"\1.input_global_scale"),
         ),
-        "M27-T014", "weight_",
+        "M27-T014", "_global_scale",
     ),
 }  # fmt: skip
 

@@ -233,7 +233,10 @@ def _check_unknown(view: View, found: Findings) -> None:
         if name in view.expected:
             continue
         code, what = _kind(name, view.config)
-        found.add(code, f"'{escape(name)}' {what}", tensor=name, found=view.tensors[name].dtype)
+        worst = float(".experts." in name)
+        found.add(
+            code, f"'{escape(name)}' {what}", tensor=name, found=view.tensors[name].dtype, badness=worst
+        )
 
 
 def _kind(name: str, c: M2Config) -> tuple[str, str]:
