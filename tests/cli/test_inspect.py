@@ -137,3 +137,15 @@ def test_no_torch(source: Path) -> None:
         "import sys; from m27quant.cli.app import main; main(sys.argv[1:]); sys.exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", probe, "inspect", str(source)], check=True, capture_output=True)
+
+
+def test_nothing_is_downloaded_for_a_glance(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert main(["inspect", "nobody/nothing"]) == 4
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "hint: fetch it where there is a network: hf download nobody/nothing" in captured.err

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -115,6 +118,21 @@ def test_junit(made: VerifyResult, fail_on: str, failures: int) -> None:
     assert [case.get("name", "").partition(" ")[0] for case in cases] == list(made.checks_run)
     outputs = 3 - failures if made.findings else 0
     assert len(suite.findall("testcase/system-out")) == outputs
+
+
+def test_junit_is_utf_8_in_every_locale() -> None:
+    made = (
+        "from tests.report.results import EVIL; from m27quant.report import junit; print(junit.render(EVIL))"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = subprocess.run(
+        [sys.executable, "-c", made],
+        env=ascii_only,
+        capture_output=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stdout.startswith(b"<?xml version='1.0' encoding='utf-8'?>")
 
 
 def test_junit_says_what_and_the_next_step() -> None:

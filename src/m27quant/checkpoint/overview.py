@@ -90,13 +90,15 @@ class AnyCheckpoint(Source):
 
 
 def inspect_checkpoint(checkpoint: str | Path, *, revision: str | None = None) -> Overview:
-    """Describe the checkpoint in the local folder or the Hub repository `checkpoint`; reads headers, no weights.
+    """Describe the checkpoint in the local folder `checkpoint`; reads headers, no weights.
+
+    A Hub id is looked up in this machine's cache: nobody wants 134 GB fetched for a glance.
 
     Raises:
         CheckpointError: no MiniMax-M2.x checkpoint, or one whose configs, index or headers cannot be read.
         UsageError, EnvironmentFault: as `locate` does.
     """
-    location = locate(str(checkpoint), revision=revision)
+    location = locate(str(checkpoint), revision=revision, offline=True)
     with AnyCheckpoint(location) as source:
         families = _families(source.tensors)
         quantization = _section(source.raw_config.get("quantization_config"))

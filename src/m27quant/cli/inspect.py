@@ -28,6 +28,8 @@ def inspect(
 ) -> None:
     """Show what a checkpoint is: architecture, formats, KV cache, producer, shards; reads no weights.
 
+    A Hub id is looked up in this machine's cache; nothing is downloaded.
+
     Examples:
       m27quant inspect ./m27-nvfp4
 

@@ -26,7 +26,8 @@ def render(result: VerifyResult, *, fail_on: str = "error") -> str:
     for code, found in by_code.items():
         _case(suite, result, code, found, failing)
     ET.indent(root)
-    return ET.tostring(root, encoding="unicode", xml_declaration=True)
+    # Through bytes, as the declaration of a text would name this machine's locale.
+    return ET.tostring(root, encoding="utf-8", xml_declaration=True).decode()
 
 
 def _case(
