@@ -224,6 +224,16 @@ def outside(path: str) -> Change:
     return change
 
 
+def link_out(name: str) -> Change:
+    """A file is a link to a good one beside the folder."""
+
+    def change(folder: Path) -> None:
+        (folder / name).rename(folder.parent / name)
+        (folder / name).symlink_to(folder.parent / name)
+
+    return change
+
+
 def pointer(name: str) -> Change:
     return c.put(name, c.LFS_POINTER)
 
@@ -312,6 +322,10 @@ CONTAINER = {
     "Windows path": Fault(outside("C:\\x.safetensors"), "M27-C015", "C:"),
     "not a safetensors file": Fault(outside("config.json"), "M27-C015", "config.json"),
     "link leaves the folder": Fault(c.link_leaves, "M27-C016", FIRST),
+    "config.json is a link out": Fault(link_out("config.json"), "M27-C016", "config.json"),
+    "tokenizer is a link out": Fault(link_out("tokenizer.json"), "M27-C016", "tokenizer.json"),
+    "links in circles": Fault(c.shard_becomes(lambda p: p.symlink_to(p.name)), "M27-C016", FIRST),
+    "link to nothing": Fault(c.shard_becomes(lambda p: p.symlink_to("nothing")), "M27-C022", FIRST),
     "mode 0600": Fault(lambda f: (f / FIRST).chmod(0o600), "M27-C017", FIRST),
     "index not JSON": Fault(c.index_text(b"{"), "M27-C018", INDEX),
     "weight_map a list": Fault(c.weight_map([]), "M27-C018", INDEX),

@@ -289,7 +289,15 @@ def check_stays_inside(folder: Path, shard: str) -> None:
         )
     if not shard.endswith(".safetensors"):
         raise CheckpointError(f"{INDEX}: '{escape(shard)}' is not a .safetensors file", hint=DAMAGED)
-    path = folder / shard
+    check_link_stays_inside(folder, folder / shard)
+
+
+def check_link_stays_inside(folder: Path, path: Path) -> None:
+    """A file in the folder is a link only to its neighbours, or as the Hub's cache lays links.
+
+    Raises:
+        CheckpointError: it leads elsewhere, or in circles.
+    """
     if not path.is_symlink():
         return
     try:

@@ -36,7 +36,7 @@ class _Files:
         return (self.folder / name).exists()
 
     def read(self, name: str, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any] | None:
-        if not self.there(name) or name in self.view.pointers:
+        if not self.there(name) or name in self.view.refused:
             return None
         try:
             value = parse(read_bytes(self.folder / name, limit), name)

@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from m27quant.checkpoint.header import TensorInfo, parse_entry, read_header_bytes
-from m27quant.checkpoint.source import INDEX, SINGLE, check_stays_inside
-from m27quant.checkpoint.strict_json import LFS_PREFIX, MAX_INDEX_BYTES, parse, read_bytes
+from m27quant.checkpoint.source import INDEX, SINGLE, check_link_stays_inside, check_stays_inside
+from m27quant.checkpoint.strict_json import (
+    LFS_PREFIX,
+    MAX_INDEX_BYTES,
+    parse,
+    read_bytes,
+    require_regular_file,
+)
 from m27quant.errors import CheckpointError, EnvironmentFault, escape
 from m27quant.verify.collect import Findings
 from m27quant.verify.view import View
@@ -54,7 +60,7 @@ def read_container(folder: Path, found: Findings) -> View:
     index = _read_index(folder, view, found) if INDEX in files else None
     if INDEX not in files and len(shards) > 1:
         found.add("M27-C019", f"{len(shards)} shards, but no {INDEX}", file=INDEX)
-    listed = shards if index is None else _listed(index, shards, folder, found)
+    listed = shards if index is None else _listed(index, shards, view, found)
     headers = {
         name: shard for name in listed if (shard := _read_shard(folder, name, view, found)) is not None
     }
@@ -88,13 +94,18 @@ def _check_files(folder: Path, files: dict[str, os.DirEntry[str]], view: View, f
         if name.endswith(PICKLES) or name.endswith(LEFT_OVERS) or ".tmp" in name:
             found.add("M27-C014", f"{escape(name)}: a left-over or pickled file", file=name)
         try:
+            check_link_stays_inside(folder, folder / name)
             info = entry.stat()
+        except CheckpointError as fault:
+            view.refused.add(name)
+            found.add("M27-C016", _without_folder(fault.message, folder), file=name)
+            continue
         except OSError:
             continue  # a broken link: reported where somebody needs the file
         if not stat.S_ISREG(info.st_mode):
             continue
-        if info.st_size < POINTER_BYTES and (folder / name).read_bytes().startswith(LFS_PREFIX):
-            view.pointers.add(name)
+        if info.st_size < POINTER_BYTES and _is_pointer(folder / name):
+            view.refused.add(name)
             found.add("M27-C002", f"{escape(name)}: a git-lfs pointer, not the file itself", file=name)
         if os.name == "posix" and name.endswith((SUFFIX, ".json")) and info.st_mode & 0o044 != 0o044:
             mode = f"{info.st_mode & 0o777:04o}"
@@ -104,12 +115,19 @@ def _check_files(folder: Path, files: dict[str, os.DirEntry[str]], view: View, f
             )  # fmt: skip
 
 
+def _is_pointer(path: Path) -> bool:
+    try:
+        return path.read_bytes().startswith(LFS_PREFIX)
+    except OSError:
+        return False  # who needs the file says so
+
+
 # -- the index -------------------------------------------------------------------------------------
 
 
 def _read_index(folder: Path, view: View, found: Findings) -> _Index | None:
     """The index, or None where the index is of no use (reported)."""
-    if INDEX in view.pointers:
+    if INDEX in view.refused:
         return None
     repeated: list[str] = []
     try:
@@ -130,19 +148,20 @@ def _read_index(folder: Path, view: View, found: Findings) -> _Index | None:
     return _Index(weight_map, total)
 
 
-def _listed(index: _Index, shards: list[str], folder: Path, found: Findings) -> list[str]:
+def _listed(index: _Index, shards: list[str], view: View, found: Findings) -> list[str]:
     """The index's shards that may be opened and are there; what else lies in the folder is reported."""
     named = set(index.weight_map.values())
     first = {shard: name for name, shard in reversed(index.weight_map.items())}
     usable = []
     for shard in sorted(named):
-        try:
-            check_stays_inside(folder, shard)
-        except CheckpointError as fault:
-            code = "M27-C016" if "link" in fault.message and "plain" not in fault.message else "M27-C015"
-            found.add(code, _without_folder(fault.message, folder), file=shard, tensor=first[shard])
+        if shard in view.refused:
             continue
-        if os.path.lexists(folder / shard):
+        try:
+            check_stays_inside(view.folder, shard)
+        except CheckpointError as fault:
+            found.add("M27-C015", fault.message, file=shard, tensor=first[shard])
+            continue
+        if os.path.lexists(view.folder / shard):
             usable.append(shard)
         else:
             found.add(
@@ -165,12 +184,14 @@ def _listed(index: _Index, shards: list[str], folder: Path, found: Findings) -> 
 def _read_shard(folder: Path, name: str, view: View, found: Findings) -> _Shard | None:
     """A shard's header with all its faults reported; None where nothing of it can be read."""
     path, shown = folder / name, escape(name)
-    if name in view.pointers:
+    if name in view.refused:
         return None
     try:
-        if not path.is_file():
-            found.add("M27-C022", f"{shown}: not a regular file", file=name)
-            return None
+        require_regular_file(path)
+    except CheckpointError:
+        found.add("M27-C022", f"{shown}: not a regular file", file=name)
+        return None
+    try:
         raw, info = read_header_bytes(path)
         repeated: list[str] = []
         header = parse(raw, f"{shown}: header", repeated=repeated)

@@ -14,8 +14,8 @@ from m27quant.errors import escape
 from m27quant.verify.collect import Findings, place
 from m27quant.verify.view import View
 
-MAX_TENSORS = 4_000_000
-"""Twenty times M2.7: what a config.json beyond it promises is not spelt out."""
+MAX_TENSORS = 1_000_000
+"""Five times M2.7: what a config.json beyond it promises is not spelt out."""
 
 _IN_MEMORY = re.compile(
     r"\.mlp\.(experts|gate|e_score)|experts\.(gate_up_proj|down_proj)|\.(gate|up|down)_proj\."

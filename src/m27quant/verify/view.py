@@ -33,8 +33,8 @@ class View:
     """What config.json implies, by name."""
     excused: set[str] = field(default_factory=set)
     """Expert tensors by ending (`.weight`, `.input_scale`) that are wrong as a whole: reported once, not each."""
-    pointers: set[str] = field(default_factory=set)
-    """Files that are git-lfs pointers."""
+    refused: set[str] = field(default_factory=set)
+    """git-lfs pointers and links that leave the folder: reported, and not read."""
 
     @property
     def kv_declared(self) -> bool:
