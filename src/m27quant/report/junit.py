@@ -27,7 +27,8 @@ def render(result: VerifyResult, *, fail_on: str = "error") -> str:
         _case(suite, result, code, found, failing)
     ET.indent(root)
     # Through bytes, as the declaration of a text would name this machine's locale.
-    return ET.tostring(root, encoding="utf-8", xml_declaration=True).decode()
+    data: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+    return data.decode()
 
 
 def _case(
