@@ -78,4 +78,6 @@ def escape(text: object, limit: int = 200) -> str:
         raw = f"a deeply nested {type(text).__name__}"
     if len(raw) > limit:
         raw = f"{raw[: limit // 2]}...{raw[-limit // 2 :]}"
+    if raw.isprintable():  # nearly always, and headers have 191,211 names
+        return raw
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in raw)
