@@ -74,7 +74,8 @@ def test_the_default_level_imports_no_torch(checkpoints: dict[str, Path]) -> Non
 def test_checks_that_were_run_are_named(checkpoints: dict[str, Path]) -> None:
     quick = verify_checkpoint(checkpoints["fp8_kv"], level="quick").checks_run
     full = verify_checkpoint(checkpoints["fp8_kv"]).checks_run
-    assert set(full) == set(CHECKS)
+    on_request = {code for code in CHECKS if code.startswith(("M27-V", "M27-R"))}  # --gpu, --drafter
+    assert set(full) == set(CHECKS) - on_request
     assert set(quick) < set(full)
     assert "M27-S001" not in quick
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from m27quant.verify.findings import VerifyResult
 
 FINDINGS = "Findings"
+SERVING = "Serving"
 FORMATS = ("human", "json", "junit", "sarif", "github", "gitlab")
 ENGINES = ("vllm", "sglang")
+GPUS = ("b200", "b300", "gb200", "rtx-pro-6000", "gb10", "h200", "h100")
 
 
 def one_of(*names: str) -> Callable[[str], str]:
@@ -49,6 +51,49 @@ Engine = Annotated[
         parser=one_of(*ENGINES),
         help="Report only what concerns this engine; without it all count.",
         rich_help_panel=FINDINGS,
+        show_default=False,
+    ),
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        metavar="GPU",
+        parser=one_of(*GPUS),
+        help=f"Also check serving on this GPU: {', '.join(GPUS)}.",
+        rich_help_panel=SERVING,
+        show_default=False,
+    ),
+]
+TensorParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        min=1,
+        max=1024,
+        help="GPUs that share every layer; with --gpu alone, the fewest that hold the model.",
+        rich_help_panel=SERVING,
+        show_default=False,
+    ),
+]
+ExpertParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--ep",
+        min=1,
+        max=1024,
+        help="GPUs among which whole experts are divided.",
+        rich_help_panel=SERVING,
+        show_default=False,
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        min=1,
+        max=2**31 - 1,
+        help="Tokens whose keys and values must fit in memory.",
+        rich_help_panel=SERVING,
         show_default=False,
     ),
 ]
@@ -121,6 +166,10 @@ def verify(
     checkpoint: Checkpoint,
     quick: Quick = False,
     engine: Engine = None,
+    gpu: Gpu = None,
+    tp: TensorParallel = None,
+    ep: ExpertParallel = None,
+    context: Context = None,
     select: Select = None,
     ignore: Ignore = None,
     fail_on: FailOn = "error",
@@ -142,11 +191,14 @@ def verify(
 
       m27quant verify ./m27-nvfp4 --quick --engine vllm --output-format github
 
+      m27quant verify ./m27-nvfp4 --quick --engine vllm --gpu b200 --tp 2 --context 196608
+
       m27quant verify ./m27-nvfp4 --output-format sarif --output-file verify.sarif
     """
     kind = _format(output_format, json)
     output = Output.open(json=kind == "json", quiet=quiet, verbose=verbose)
     from m27quant.verify.run import verify_checkpoint
+    from m27quant.verify.serving import Serving
 
     result = verify_checkpoint(
         checkpoint,
@@ -154,6 +206,7 @@ def verify(
         engine=engine,  # type: ignore[arg-type]  # checked by its parser
         select=tuple(select or ()),
         ignore=tuple(ignore or ()),
+        serving=Serving(gpu=gpu, tp=tp, ep=ep, context=context),
     )
     if not result.checks_run:
         raise UsageError(

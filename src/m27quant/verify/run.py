@@ -17,12 +17,14 @@ from m27quant.verify.engines import ENGINES, Engine, check_engines
 from m27quant.verify.findings import Finding, VerifyResult
 from m27quant.verify.findings import select as keep
 from m27quant.verify.inventory import check_inventory
+from m27quant.verify.serving import Serving, check_serving, tensor_parallel_sizes
 from m27quant.verify.types import check_types
 from m27quant.verify.view import View
 
 Level = Literal["quick", "default"]
 NEEDS_SCALES = {f"M27-S{number:03d}" for number in range(1, 17)}
 """What headers cannot tell."""
+OF_SERVING = "M27-V"
 
 
 def verify_checkpoint(
@@ -32,6 +34,7 @@ def verify_checkpoint(
     engine: Engine | None = None,
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
+    serving: Serving | None = None,
 ) -> VerifyResult:
     """Check a folder that should hold MiniMax-M2.x in experts-only NVFP4.
 
@@ -41,6 +44,7 @@ def verify_checkpoint(
         engine: report only what concerns this engine; all where None.
         select: codes, or their beginnings, to report; all where empty.
         ignore: codes, or their beginnings, not to report.
+        serving: also whether it can be served in this way; nothing of it where None.
 
     Raises:
         UsageError: an unknown level, engine or code.
@@ -62,12 +66,20 @@ def verify_checkpoint(
         from m27quant.verify.scales import check_scales  # numpy: not for headers alone
 
         check_scales(view, found)
+    facts = _facts(view)
+    if serving:
+        for name, of_engine in check_serving(
+            view, found, serving, ENGINES if engine is None else (engine,)
+        ).items():
+            facts[f"serving_{name}"] = of_engine
     run = [code for code in CHECKS if level != "quick" or code not in NEEDS_SCALES]
+    if not serving:
+        run = [code for code in run if not code.startswith(OF_SERVING)]
     return VerifyResult(
         checkpoint=escape(checkpoint, 4096),
         level=level,
         findings=tuple(_chosen(found, engine, select, ignore)),
-        facts=_facts(view),
+        facts=facts,
         checks_run=tuple(code for code in run if _concerns(code, engine) and _wanted(code, select, ignore)),
     )
 
@@ -125,6 +137,7 @@ def _facts(view: View) -> dict[str, Any]:
             "hidden_size": c.hidden_size,
             "intermediate_size": c.intermediate_size,
             "vocab_size": c.vocab_size,
+            "tensor_parallel_sizes": tensor_parallel_sizes(c),
         }
     return facts
 
