@@ -297,6 +297,11 @@ CONTAINER = {
     ),
     "shard is an LFS pointer": Fault(pointer(SECOND), "M27-C002", SECOND),
     "tokenizer is an LFS pointer": Fault(pointer("tokenizer.json"), "M27-C002", "tokenizer.json"),
+    "metadata of numbers": Fault(
+        lambda f: c.edit_header(f / FIRST, lambda h: h["__metadata__"].update(a=1)),
+        "M27-C003",
+        "__metadata__",
+    ),
     "unknown dtype": Fault(c.first_entry(dtype="F12"), "M27-C003", "model.embed_tokens.weight"),
     "size is not shape times type": Fault(c.first_entry(shape=[3]), "M27-C003", "model.embed_tokens.weight"),
     "negative dimension": Fault(c.first_entry(shape=[-1, 4]), "M27-C003", "model.embed_tokens.weight"),
@@ -348,6 +353,7 @@ INVENTORY = {
     "KV scales of a layer missing": Fault(
         dropped(re.escape(K_SCALE), re.escape(V_SCALE)), "M27-T003", K_SCALE
     ),
+    "all KV scales missing": Fault(dropped(r".*\.[kv]_scale"), "M27-T003", "quantization_report.json"),
     "k_scale missing": Fault(without(K_SCALE), "M27-T004", K_SCALE),
     "v_scale missing": Fault(without(V_SCALE), "M27-T004", V_SCALE),
     "in-memory names": Fault(

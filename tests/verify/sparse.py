@@ -48,7 +48,7 @@ def write_sparse(folder: Path, shape: Shape = M27) -> Path:
         weight_map |= dict.fromkeys(plan.offsets, name)
     total = sum(plan.tensor_bytes for plan in plans)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    raw |= {"quantization_config": quantization_config(excluded, "fp8")}
+    raw |= {"rope_theta": 5_000_000, "quantization_config": quantization_config(excluded, "fp8")}
     for name, value in (
         ("model.safetensors.index.json", index),
         ("config.json", raw),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -15,7 +16,9 @@ from m27quant.errors import CheckpointError, UsageError
 from m27quant.verify.checks import CHECKS
 from m27quant.verify.findings import Severity, VerifyResult
 from m27quant.verify.run import Level
+from tests.faults.corruptions import edit_json
 from tests.verify.conftest import RECIPES, SMALL
+from tests.verify.sparse import M27, write_sparse
 
 LEVELS = get_args(Level)
 
@@ -108,6 +111,19 @@ def test_unknown_options_are_refused(
 def test_the_original_is_not_a_quantized_checkpoint(repository: Path) -> None:
     with pytest.raises(CheckpointError, match="FP8 original"):
         verify_checkpoint(repository / "examples/tiny-m27", level="quick")
+
+
+@pytest.mark.parametrize(("key", "value"), [("rotary_dim", 128), ("rope_theta", 10_000), (None, None)])
+def test_rotation_of_the_official_sizes(tmp_path: Path, key: str | None, value: int) -> None:
+    shape = replace(M27, num_local_experts=1, num_experts_per_tok=1, vocab_size=16)
+    folder = write_sparse(tmp_path / "m27", replace(shape, rotary_dim=64))
+    edit_json(
+        folder / "config.json",
+        lambda config: config.update({"rope_theta": 5_000_000} | ({key: value} if key else {})),
+    )
+    found = [f for f in verify_checkpoint(folder, level="quick").findings if f.severity is Severity.ERROR]
+    assert [f.check.code for f in found] == (["M27-F027"] if key else [])
+    assert all(str(key) in f.message for f in found)
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

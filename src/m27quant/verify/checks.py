@@ -514,6 +514,13 @@ _check(
     _engines("version by version another one counts", "as vLLM", "rope_parameters count"),
 )  # fmt: skip
 
+_check(
+    "M27-F027", ERROR, "rotation is not the official one",
+    "The sizes are those of MiniMax-M2.x, but rotary_dim, rope_theta or head_dim is not what it was trained with.",
+    "Take the field from the official config.json: rotary_dim 64, rope_theta 5000000, head_dim 128.",
+    _engines("rotates wrongly: garbage", "rotates wrongly: garbage", "rotates wrongly: garbage"),
+)  # fmt: skip
+
 # -- engines ---------------------------------------------------------------------------------------
 
 _check(

@@ -16,12 +16,16 @@ from m27quant.verify.engines import exclude_list
 from m27quant.verify.view import View
 
 CONFIG, HF_QUANT, GENERATION = "config.json", "hf_quant_config.json", "generation_config.json"
+REPORT, MAX_REPORT_BYTES = "quantization_report.json", 128 * 2**20
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS = (
     "]~!b[", "]~b]", END_OF_TURN, "]!d~[", "]!p~[", "<think>", "</think>",
     "<minimax:tool_call>", "</minimax:tool_call>",
 )  # fmt: skip
 ALGORITHM = "NVFP4"
+OFFICIAL_SIZE = (3072, 62)
+"""Hidden size and layers of M2, M2.1, M2.5 and M2.7."""
+OFFICIAL_ROTATION = {"rotary_dim": 64, "rope_theta": 5_000_000, "head_dim": 128}
 
 
 @dataclass(slots=True)
@@ -71,6 +75,11 @@ def read_configs(view: View, found: Findings) -> None:
         found.add("M27-F001", f"{HF_QUANT}: `quantization` is missing or not an object", file=HF_QUANT)
     elif hf is None and not files.there(HF_QUANT):
         found.add("M27-F006", f"{HF_QUANT} is missing", file=HF_QUANT)
+
+    report = files.read(REPORT, MAX_REPORT_BYTES)
+    recipe = None if report is None else report.get("recipe")
+    kv_cache = recipe.get("kv_cache") if isinstance(recipe, dict) else None
+    view.recipe_kv = kv_cache if isinstance(kv_cache, str) else None
 
 
 def check_configs(view: View, found: Findings) -> None:
@@ -125,6 +134,13 @@ def _read_model(raw: dict[str, Any], view: View, found: Findings) -> None:
                 "M27-F026", f"{CONFIG}: rotary_dim {rotary}, but partial_rotary_factor {factor} of head_dim {head_dim}",
                 file=CONFIG, expected=rotary, found=implied,
             )  # fmt: skip
+    if (value.get("hidden_size"), value.get("num_hidden_layers")) == OFFICIAL_SIZE:
+        for key, official in OFFICIAL_ROTATION.items():
+            if (told := value.get(key, rope.get(key))) is not None and told != official:
+                found.add(
+                    "M27-F027", f"{CONFIG}: {key} is {_shown(told)}, M2 was trained with {official}",
+                    file=CONFIG, expected=official, found=_shown(told),
+                )  # fmt: skip
     thetas = {place["rope_theta"] for place in (value, rope) if _number(place.get("rope_theta"))}
     if len(thetas) > 1:
         found.add(

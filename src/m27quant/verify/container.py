@@ -202,7 +202,9 @@ def _read_shard(folder: Path, name: str, view: View, found: Findings) -> _Shard 
         return None
     for key in repeated:
         found.add("M27-C008", f"{shown}: '{escape(key)}' appears twice in the header", file=name, tensor=key)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        found.add("M27-C003", f"{shown}: __metadata__ does not map strings to strings", file=name)
     shard = _Shard(info.st_size, _entries(path, header, 8 + len(raw), found))
     if len(shard.entries) == len(header):
         _check_coverage(name, shard, 8 + len(raw), found)

@@ -201,7 +201,12 @@ def _check_kv_scales(view: View, found: Findings) -> None:
     promised = {n for n in view.lost if n.endswith((".k_scale", ".v_scale"))}
     if not there and not promised:
         renamed = any(_ENGINE_KV.search(name) for name in view.tensors)
-        if view.kv_declared and not renamed:
+        if view.recipe_kv == "fp8" and not renamed:
+            found.add(
+                "M27-T003", "quantization_report.json tells of calibrated KV scales, but none is stored",
+                tensor=names.k_scale(0), expected="F32 []", found="nothing",
+            )  # fmt: skip
+        elif view.kv_declared and not renamed:
             found.add(
                 "M27-S017", "an FP8 cache is declared and no k_scale or v_scale is stored: engines use 1.0"
             )

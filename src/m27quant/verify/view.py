@@ -29,6 +29,8 @@ class View:
     """config.json's quantization_config."""
     hf_quant: dict[str, Any] | None = None
     """hf_quant_config.json's `quantization`."""
+    recipe_kv: str | None = None
+    """The KV cache that quantization_report.json says was calibrated, where there is one: "fp8", "fp8_cast"."""
     expected: dict[str, TensorSpec] = field(default_factory=dict)
     """What config.json implies, by name."""
     excused: set[str] = field(default_factory=set)
