@@ -22,6 +22,7 @@ from m27quant.calib.layerwise import (
     run_experts,
 )
 from m27quant.calib.memory import PIECE_BYTES, MemoryPlan, rss_bytes
+from m27quant.calib.routing import Routings
 from m27quant.checkpoint import names
 from m27quant.checkpoint.durable import fault_point, move_durably, sha256_of
 from m27quant.checkpoint.source import Source
@@ -30,7 +31,7 @@ from m27quant.checkpoint.writer import ShardSet, WrittenFile, open_shards
 from m27quant.pack import PackStats, stream_experts
 from m27quant.plan import Plan, Unit, norm_and_router_names
 from m27quant.progress import Progress, ProgressCallback
-from m27quant.runtime.layer import Assignments, RouterWeights
+from m27quant.runtime.layer import RouterWeights
 from m27quant.runtime.loader import attention_weights, refuse_non_finite, router_weights
 
 FP8_MAX = 448.0
@@ -161,7 +162,7 @@ def _attention(
     router: RouterWeights,
     ranges: LayerRanges,
     reporter: _Reporter,
-) -> list[Assignments]:
+) -> Routings:
     """Read attention once: its BF16 weights go to the shard and through the tokens."""
     weights = attention_weights(job.source, layer, job.device)
     for projection in names.ATTENTION_PROJECTIONS:

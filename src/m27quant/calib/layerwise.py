@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from m27quant.calib.activations import Chunk, Rows
+from m27quant.calib.routing import Routings
 from m27quant.checkpoint.config import M2Config
 from m27quant.errors import CalibrationError
 from m27quant.runtime import layer as M
@@ -63,6 +64,14 @@ class LayerRanges:
     non_finite_values: int = 0
     """Rows of an expert's activation that were NaN or Inf and were left out."""
 
+    def add_kv(self, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Widen the ranges of keys and values; False, and nothing is done, where one is NaN or Inf."""
+        k_amax, v_amax = amax(k), amax(v)
+        finite = _finite(k_amax) and _finite(v_amax)
+        if finite:
+            self.k_amax, self.v_amax = max(self.k_amax, k_amax), max(self.v_amax, v_amax)
+        return finite
+
 
 def run_attention(
     chunks: Sequence[Chunk],
@@ -73,13 +82,13 @@ def run_attention(
     ranges: LayerRanges,
     dropped: Dropped,
     tick: Callable[[Chunk], None],
-) -> list[M.Assignments]:
+) -> Routings:
     """x := x + attention(norm(x)) in `rows`; returns per chunk which tokens each expert gets.
 
     K is observed after norm and rotation, V as projected, the MoE input after its norm.
     """
-    routed: list[M.Assignments] = []
-    for chunk in chunks:
+    routed = Routings(chunks, config, router.gate.device)
+    for number, chunk in enumerate(chunks):
         x = rows.read(chunk)
         rotary = M.rotary_table(_positions(chunk, x.device), config, x.dtype)
         attend = _observed_attention(chunk, ranges, dropped)
@@ -88,7 +97,8 @@ def run_attention(
         rows.write(chunk, x)
         h = M.moe_input(x, router, config)
         ranges.w13_input_amax = max(ranges.w13_input_amax, amax(h))
-        routed.append(M.assignments(M.route(h, router, config.num_experts_per_tok), config.num_local_experts))
+        routing = M.route(h, router, config.num_experts_per_tok)
+        routed[number] = M.assignments(routing, config.num_local_experts)
         tick(chunk)
     return routed
 
@@ -101,14 +111,15 @@ def _observed_attention(chunk: Chunk, ranges: LayerRanges, dropped: Dropped) -> 
     """Causal attention within each sequence of the chunk, noting the range of keys and values."""
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if not ranges.add_kv(k, v):
+            lengths = list(chunk.lengths)
+            parts = zip(chunk.sequences, torch.split(k, lengths), torch.split(v, lengths), strict=True)
+            for sequence, k_part, v_part in parts:
+                if not ranges.add_kv(k_part, v_part) and sequence not in dropped.sequences:
+                    dropped.add(sequence)
         out, at = torch.empty_like(q), 0
-        for sequence, length in zip(chunk.sequences, chunk.lengths, strict=True):
+        for length in chunk.lengths:
             part = slice(at, at + length)
-            k_amax, v_amax = amax(k[part]), amax(v[part])
-            if _finite(k_amax) and _finite(v_amax):
-                ranges.k_amax, ranges.v_amax = max(ranges.k_amax, k_amax), max(ranges.v_amax, v_amax)
-            elif sequence not in dropped.sequences:
-                dropped.add(sequence)
             out[part] = M.causal_attention(q[part], k[part], v[part])
             at += length
         return out
@@ -147,7 +158,7 @@ def run_experts(
     chunks: Sequence[Chunk],
     rows: Rows,
     out: Rows,
-    routed: Sequence[M.Assignments],
+    routed: Routings,
     router: M.RouterWeights,
     config: M2Config,
     ranges: LayerRanges,
@@ -208,7 +219,7 @@ def _finite_amax(
 
 
 def count_tokens(
-    routed: Sequence[M.Assignments],
+    routed: Routings,
     chunks: Sequence[Chunk],
     dropped: Dropped,
     ranges: LayerRanges,
@@ -216,8 +227,7 @@ def count_tokens(
     full: bool,
 ) -> None:
     """Fill in how many tokens each expert saw and how many were routed to it, dropped sequences left out."""
-    num_experts = len(routed[0].num_tokens)
-    counts = [0] * num_experts
+    counts = [0] * routed.num_experts
     alive_tokens = 0
     for assigned, chunk in zip(routed, chunks, strict=True):
         alive = torch.cat(
@@ -230,7 +240,7 @@ def count_tokens(
         for expert, count in enumerate(assigned.num_tokens):
             counts[expert] += int(alive[assigned[expert].rows.cpu()].sum()) if dropped.sequences else count
     ranges.routed_tokens = counts
-    ranges.seen_tokens = [alive_tokens] * num_experts if full else list(counts)
+    ranges.seen_tokens = [alive_tokens] * routed.num_experts if full else list(counts)
 
 
 def amax(x: torch.Tensor) -> float:

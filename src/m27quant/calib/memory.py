@@ -150,7 +150,7 @@ def _expert_bytes_per_token(c: M2Config) -> int:
 
 def _routing_bytes(c: M2Config, num_tokens: int, chunk: int) -> int:
     """Row and weight per assignment; bounds per chunk and expert."""
-    return num_tokens * c.num_experts_per_tok * 12 + (num_tokens // chunk + 1) * c.num_local_experts * 64
+    return num_tokens * c.num_experts_per_tok * 12 + (num_tokens // chunk + 1) * (c.num_local_experts + 1) * 8
 
 
 def _host_bytes(c: M2Config, tokens: int) -> int:
