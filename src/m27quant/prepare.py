@@ -19,9 +19,9 @@ from m27quant.checkpoint.assumed import AssumedSource
 from m27quant.checkpoint.hub import locate
 from m27quant.checkpoint.layout import check_layout
 from m27quant.checkpoint.source import Source
-from m27quant.errors import EnvironmentFault
 from m27quant.plan import Plan, check_paths, make_plan
 from m27quant.recipes import Recipe, load_recipe
+from m27quant.runtime.device import pick_device
 
 DEFAULT_RECIPE = "nvfp4_experts_only-fp8_kv"
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -165,25 +165,6 @@ def _recipe(options: Options) -> Recipe:
         seq_len=options.seq_len,
         moe_calib=options.moe_calib,
     )
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` takes a CUDA GPU where there is one.
-
-    Raises:
-        EnvironmentFault: the device is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise EnvironmentFault(
-                f"no device {name}: this machine has {count} CUDA GPUs", hint="use --device cpu"
-            )
-        device = torch.device("cuda", device.index or 0)
-    return device
 
 
 def _device_class(device: torch.device) -> str:

@@ -38,16 +38,16 @@ def check_layout(source: Source) -> list[str]:
     """
     problems: list[str] = []
     expected: set[str] = set()
-    for name, dtypes, shape in _plain_tensors(source.config):
+    for name, dtypes, shape in plain_tensors(source.config):
         expected.add(name)
-        problems += _problem(source, name, dtypes, shape)
-        _stop_early(problems)
+        problems += tensor_problem(source, name, dtypes, shape)
+        stop_early(problems)
     for module, shape in _linears(source.config):
         weight = f"{module}.weight"
         expected |= {weight, weight + SCALE_SUFFIX}
         problems += _linear_problem(source, module, weight, shape)
-        _stop_early(problems)
-    _raise_for(problems)
+        stop_early(problems)
+    raise_for(problems)
     unknown = sorted(set(source.tensors) - expected)
     _refuse_unclaimed(source, unknown)
     if not unknown:
@@ -58,10 +58,10 @@ def check_layout(source: Source) -> list[str]:
     ]
 
 
-def _stop_early(problems: list[str]) -> None:
+def stop_early(problems: list[str]) -> None:
     """A config.json that promises a million tensors costs no more than one that promises a hundred."""
     if len(problems) > MAX_PROBLEMS:
-        _raise_for(problems)
+        raise_for(problems)
 
 
 def _refuse_unclaimed(source: Source, unknown: list[str]) -> None:
@@ -78,15 +78,15 @@ def _refuse_unclaimed(source: Source, unknown: list[str]) -> None:
         if layer >= c.num_hidden_layers:
             layers.setdefault(layer, []).append(rest)
         elif _EXPERT.fullmatch(rest):
-            _raise_for([f"'{name}' is an expert beyond num_local_experts {c.num_local_experts}"])
+            raise_for([f"'{name}' is an expert beyond num_local_experts {c.num_local_experts}"])
     for layer, rests in sorted(layers.items()):
         if all(_EXPERT.fullmatch(r) or r in _DECODER_LAYER for r in rests):
-            _raise_for(
+            raise_for(
                 [f"layer {layer} is there, but config.json says num_hidden_layers {c.num_hidden_layers}"]
             )
 
 
-def _plain_tensors(c: M2Config) -> Iterable[tuple[str, tuple[str, ...], tuple[int, ...]]]:
+def plain_tensors(c: M2Config) -> Iterable[tuple[str, tuple[str, ...], tuple[int, ...]]]:
     """Tensors that are passed through: (name, allowed dtypes, shape)."""
     table = (c.vocab_size, c.hidden_size)
     yield names.EMBEDDING, PLAIN, table
@@ -101,7 +101,7 @@ def _plain_tensors(c: M2Config) -> Iterable[tuple[str, tuple[str, ...], tuple[in
 
 def official_tensors(c: M2Config) -> Iterable[TensorSpec]:
     """Every tensor of the official checkpoint with these sizes: block-scaled FP8, or BF16 where the config says so."""
-    for name, _, shape in _plain_tensors(c):
+    for name, _, shape in plain_tensors(c):
         router = name.endswith((".gate.weight", ".e_score_correction_bias"))
         yield TensorSpec(name, "F32" if router else "BF16", shape)
     for module, shape in _linears(c):
@@ -125,7 +125,8 @@ def _linears(c: M2Config) -> Iterable[tuple[str, tuple[int, int]]]:
                 yield names.expert(layer, index, projection), shape
 
 
-def _problem(source: Source, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
+def tensor_problem(source: Source, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]) -> list[str]:
+    """What is wrong with a tensor by its header: nothing, or one line."""
     info = source.tensors.get(name)
     if info is None:
         return [f"'{name}' is missing{_in_memory_name(source, name)}"]
@@ -139,7 +140,7 @@ def _problem(source: Source, name: str, dtypes: tuple[str, ...], shape: tuple[in
 def _linear_problem(source: Source, module: str, weight: str, shape: tuple[int, int]) -> list[str]:
     block = source.config.weight_block_size
     if block is None:
-        problems = _problem(source, weight, ("BF16",), shape)
+        problems = tensor_problem(source, weight, ("BF16",), shape)
         if weight + SCALE_SUFFIX in source.tensors or (problems and "F8_E4M3" in problems[0]):
             return [
                 f"'{weight}' is block-scaled FP8, but config.json has no quantization_config that says so"
@@ -152,10 +153,10 @@ def _linear_problem(source: Source, module: str, weight: str, shape: tuple[int, 
         and _is_exempt(source, module)
         and weight + SCALE_SUFFIX not in source.tensors
     ):
-        return _problem(source, weight, ("BF16",), shape)
-    problems = _problem(source, weight, ("F8_E4M3",), shape)
+        return tensor_problem(source, weight, ("BF16",), shape)
+    problems = tensor_problem(source, weight, ("F8_E4M3",), shape)
     blocks = _blocks(shape, block)
-    return problems or _problem(source, weight + SCALE_SUFFIX, ("F32",), blocks)
+    return problems or tensor_problem(source, weight + SCALE_SUFFIX, ("F32",), blocks)
 
 
 def _is_exempt(source: Source, module: str) -> bool:
@@ -171,7 +172,8 @@ def _in_memory_name(source: Source, name: str) -> str:
     return ""
 
 
-def _raise_for(problems: list[str]) -> None:
+def raise_for(problems: list[str]) -> None:
+    """Raise `CheckpointError` with the first few problems, if there are any."""
     if not problems:
         return
     shown = "; ".join(escape(p, 400) for p in problems[:5])

@@ -10,7 +10,7 @@ import os
 import threading
 from pathlib import Path, PureWindowsPath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from m27quant.checkpoint.buffers import byte_view
 from m27quant.checkpoint.config import M2Config, read_config
@@ -56,7 +56,7 @@ class Source:
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

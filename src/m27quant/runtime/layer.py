@@ -25,6 +25,9 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Whoever calls the layer decides what sequences the T tokens form, where keys and values are kept, who observes them.
 """
 
+Expert = Callable[[torch.Tensor], torch.Tensor]
+"""h [N, D] -> [N, D]: one expert, not yet weighted, whatever its weights are stored as."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionWeights:
@@ -168,5 +171,9 @@ def assignments(routing: Routing, num_experts: int) -> Assignments:
 
 def add_expert(y_TD: torch.Tensor, act_NI: torch.Tensor, w2_DI: torch.Tensor, to: Assignment) -> None:
     """Add one expert's weighted output for its N tokens to y, in y's dtype."""
-    out_ND = F.linear(act_NI, w2_DI) * to.weights[:, None]
-    y_TD.index_add_(0, to.rows, out_ND.to(y_TD.dtype))
+    add_output(y_TD, F.linear(act_NI, w2_DI), to)
+
+
+def add_output(y_TD: torch.Tensor, out_ND: torch.Tensor, to: Assignment) -> None:
+    """Weigh what an expert gave for its N tokens and add it to y, in y's dtype."""
+    y_TD.index_add_(0, to.rows, (out_ND * to.weights[:, None]).to(y_TD.dtype))

@@ -1,4 +1,4 @@
-"""Weights of a source checkpoint as the layer wants them: BF16 (or F32) tensors on a device."""
+"""Weights of a checkpoint as the layer wants them: BF16 (or F32) tensors on a device, whatever they are stored as."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from m27quant.checkpoint import names
 from m27quant.checkpoint.source import Source
 from m27quant.errors import CheckpointError, escape
-from m27quant.kernels import fp8_dequant
+from m27quant.kernels import fp8_dequant, nvfp4_pack
 from m27quant.runtime.layer import AttentionWeights, RouterWeights
 
 
@@ -34,7 +34,7 @@ def refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
 def read_linear(
     source: Source, module: str, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight, weight_scale_inv) of a linear as stored: FP8 [N, K] with F32 block scales, or BF16 with None."""
+    """(weight, weight_scale_inv) of a linear as stored: FP8 [N, K] with F32 block scales, or else with None."""
     weight = source.read(f"{module}.weight").to(device)
     if weight.dtype != torch.float8_e4m3fn:
         return weight, None
@@ -44,12 +44,16 @@ def read_linear(
 def dequantize_linear(
     source: Source, module: str, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
-    """A linear's weight [N, K]: the BF16 dequantization of the source, converted to `dtype`.
+    """A linear's weight [N, K]: the BF16 dequantization of an FP8 source, or what NVFP4 stands for, in `dtype`.
 
     Raises:
         CheckpointError: NaN or Inf in weight or scale, naming the tensor.
     """
     weight, scale = read_linear(source, module, device)
+    if weight.dtype == torch.uint8:
+        block_scale = source.read(f"{module}.weight_scale").to(device)
+        global_scale = read_scalar(source, f"{module}.weight_scale_2").to(device)
+        weight = nvfp4_pack.unpack(nvfp4_pack.PackedNVFP4(weight, block_scale, global_scale))
     if scale is not None:
         refuse_non_finite(f"{module}.weight_scale_inv", scale)
         block = source.config.weight_block_size
@@ -57,6 +61,14 @@ def dequantize_linear(
         weight = fp8_dequant.dequantize(weight, scale, block=block)
     refuse_non_finite(f"{module}.weight", weight)
     return weight.to(dtype)
+
+
+def read_scalar(source: Source, name: str) -> torch.Tensor:
+    """A tensor of one number, as F32 []."""
+    value = source.read(name)
+    if value.numel() != 1:
+        raise CheckpointError(f"tensor '{escape(name)}' has shape {list(value.shape)}, expected one number")
+    return value.reshape(()).float()
 
 
 def attention_weights(

@@ -1,0 +1,53 @@
+"""Quantizing activations to NVFP4 with a static scale: what the input of a W4A4 product becomes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from m27quant.kernels.nvfp4_pack.reference import GROUP
+from m27quant.kernels.nvfp4_quantize import reference
+
+
+class QuantizedNVFP4(NamedTuple):
+    """Activations in NVFP4; they stand for E2M1(codes) * block_scale * input_scale."""
+
+    codes: Tensor
+    """U8 [T, K/2], the even element in the low half."""
+    block_scale: Tensor
+    """float8_e4m3fn [T, K/16]."""
+
+
+def quantize(x_TK: Tensor, input_scale: Tensor) -> QuantizedNVFP4:
+    """Encode activations [T, K] (F32, BF16 or F16; K a multiple of 16) under `input_scale` F32 [].
+
+    Every step is correctly rounded, so any backend can give the same bytes; the formula is `reference`'s.
+
+    Raises:
+        ValueError: shapes, dtypes, or a scale without a finite positive reciprocal.
+    """
+    _check(x_TK, input_scale)
+    return QuantizedNVFP4(*reference.quantize(x_TK, input_scale))
+
+
+def fake_quantize(x_TK: Tensor, input_scale: Tensor) -> Tensor:
+    """The values [T, K] that quantized activations stand for, rounded once to x's dtype; arguments as `quantize`."""
+    _check(x_TK, input_scale)
+    return reference.fake_quantize(x_TK, input_scale).to(x_TK.dtype)
+
+
+def is_usable(input_scale: Tensor) -> bool:
+    """True for a positive finite number whose reciprocal is finite."""
+    value = input_scale.float()
+    return input_scale.numel() == 1 and bool((value > 0) & value.isfinite() & value.reciprocal().isfinite())
+
+
+def _check(x_TK: Tensor, input_scale: Tensor) -> None:
+    if x_TK.dim() != 2 or x_TK.shape[1] % GROUP or not x_TK.is_floating_point():
+        raise ValueError(
+            f"activations need a floating [T, K], K a multiple of {GROUP}; got {list(x_TK.shape)}"
+        )
+    if input_scale.dtype != torch.float32 or input_scale.dim() != 0 or not is_usable(input_scale):
+        raise ValueError("input_scale must be a positive F32 [] with a finite reciprocal")
