@@ -6,18 +6,23 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from m27quant.cli import options as shared
 from m27quant.cli.output import Output
+from m27quant.cli.progress import show
 from m27quant.errors import FindingsError, UsageError, escape
 
 if TYPE_CHECKING:
     from m27quant.verify.findings import VerifyResult
+    from m27quant.verify.full import SourceModel
+    from m27quant.verify.logits import LogitsOptions
+    from m27quant.verify.run import Level
 
 FINDINGS = "Findings"
+LOGITS = "Logits"
 SERVING = "Serving"
 FORMATS = ("human", "json", "junit", "sarif", "github", "gitlab")
 ENGINES = ("vllm", "sglang")
@@ -44,6 +49,86 @@ Checkpoint = Annotated[
     ),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Read headers, index and configs only: seconds.")]
+Full = Annotated[bool, typer.Option("--full", help="Read all weights too: minutes for 130 GB.")]
+SourceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        metavar="MODEL",
+        help="The model that was quantized, a folder or a Hub id: --full compares every tensor with it, "
+        "--logits what both answer.",
+        show_default=False,
+    ),
+]
+Logits = Annotated[
+    bool,
+    typer.Option(
+        "--logits",
+        help="Compare next-token probabilities with those of --source on --text, layer by layer.",
+        rich_help_panel=LOGITS,
+    ),
+]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="UTF-8 text for --logits, cut into windows.",
+        rich_help_panel=LOGITS,
+        show_default=False,
+    ),
+]
+NumSamples = Annotated[
+    int | None,
+    typer.Option(
+        "--num-samples", min=1, help="Most windows of the text.  [default: 64]", rich_help_panel=LOGITS,
+        show_default=False,
+    ),
+]  # fmt: skip
+SeqLen = Annotated[
+    int | None,
+    typer.Option(
+        "--seq-len",
+        min=2,
+        help="Tokens of a window.  [default: 512]",
+        rich_help_panel=LOGITS,
+        show_default=False,
+    ),
+]
+ActivationsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--activations",
+        metavar="nvfp4|bf16",
+        parser=one_of("nvfp4", "bf16"),
+        help="What experts multiply: nvfp4 as on Blackwell, bf16 as elsewhere; "
+        "without it nvfp4, if there are input scales.",
+        rich_help_panel=LOGITS,
+        show_default=False,
+    ),
+]
+KvCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache-dtype",
+        metavar="fp8|bf16",
+        parser=one_of("fp8", "bf16"),
+        help="Keys and values; without it what config.json declares.",
+        rich_help_panel=LOGITS,
+        show_default=False,
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        parser=shared.as_parser(shared.parse_device),
+        help="Of --logits: auto, cpu, cuda or cuda:INDEX.  [default: auto]",
+        rich_help_panel=LOGITS,
+        show_default=False,
+    ),
+]
 Engine = Annotated[
     str | None,
     typer.Option(
@@ -165,6 +250,15 @@ OutputFile = Annotated[
 def verify(
     checkpoint: Checkpoint,
     quick: Quick = False,
+    full: Full = False,
+    source: SourceOption = None,
+    logits: Logits = False,
+    text: TextFile = None,
+    num_samples: NumSamples = None,
+    seq_len: SeqLen = None,
+    activations: ActivationsOption = None,
+    kv_cache_dtype: KvCacheOption = None,
+    device: DeviceOption = None,
     engine: Engine = None,
     gpu: Gpu = None,
     tp: TensorParallel = None,
@@ -178,6 +272,10 @@ def verify(
     write_baseline: WriteBaseline = None,
     output_format: OutputFormat = "human",
     output_file: OutputFile = None,
+    revision: shared.Revision = None,
+    offline: shared.Offline = False,
+    token: shared.HubToken = None,
+    no_progress: shared.NoProgress = False,
     json: shared.Json = False,
     quiet: shared.Quiet = False,
     verbose: shared.Verbose = 0,
@@ -189,6 +287,10 @@ def verify(
     Examples:
       m27quant verify ./m27-nvfp4
 
+      m27quant verify ./m27-nvfp4 --full --source MiniMaxAI/MiniMax-M2.7
+
+      m27quant verify ./m27-nvfp4 --logits --source MiniMaxAI/MiniMax-M2.7 --text book.txt
+
       m27quant verify ./m27-nvfp4 --quick --engine vllm --output-format github
 
       m27quant verify ./m27-nvfp4 --quick --engine vllm --gpu b200 --tp 2 --context 196608
@@ -196,18 +298,29 @@ def verify(
       m27quant verify ./m27-nvfp4 --output-format sarif --output-file verify.sarif
     """
     kind = _format(output_format, json)
+    chosen = {
+        "text": text, "num_samples": num_samples, "seq_len": seq_len, "activations": activations,
+        "kv_cache_dtype": kv_cache_dtype, "device": device,
+    }  # fmt: skip
+    given = {name: value for name, value in chosen.items() if value is not None}
+    _check_logits(logits, source, given)
+    level = _level(quick, full, source, logits)
     output = Output.open(json=kind == "json", quiet=quiet, verbose=verbose)
     from m27quant.verify.run import verify_checkpoint
     from m27quant.verify.serving import Serving
 
-    result = verify_checkpoint(
-        checkpoint,
-        level="quick" if quick else "default",
-        engine=engine,  # type: ignore[arg-type]  # checked by its parser
-        select=tuple(select or ()),
-        ignore=tuple(ignore or ()),
-        serving=Serving(gpu=gpu, tp=tp, ep=ep, context=context),
-    )
+    with show(output, enabled=(full or logits) and not no_progress) as progress:
+        result = verify_checkpoint(
+            checkpoint,
+            level=level,
+            engine=engine,  # type: ignore[arg-type]  # checked by its parser
+            select=tuple(select or ()),
+            ignore=tuple(ignore or ()),
+            source=_source(source, revision, offline, token),
+            progress=progress,
+            serving=Serving(gpu=gpu, tp=tp, ep=ep, context=context),
+            logits=_logits(given) if logits else None,
+        )
     if not result.checks_run:
         raise UsageError(
             "no check is left that this level and engine apply",
@@ -216,6 +329,41 @@ def verify(
     result, accepted = _accept(output, result, baseline, write_baseline)
     _show(output, result, kind, fail_on, output_file, accepted)
     _end(result, fail_on, exit_zero)
+
+
+def _check_logits(logits: bool, source: str | None, given: dict[str, object]) -> None:
+    if not logits and given:
+        option = next(iter(given)).replace("_", "-")
+        raise UsageError(f"--{option} is of --logits, which is not given")
+    if logits and (source is None or "text" not in given):
+        raise UsageError("--logits needs a model and a text", hint="add --source MODEL --text FILE")
+
+
+def _logits(given: dict[str, Any]) -> LogitsOptions:
+    from m27quant.verify.logits import LogitsOptions
+
+    return LogitsOptions(**given)
+
+
+def _level(quick: bool, full: bool, source: str | None, logits: bool) -> Level:
+    if quick and full:
+        raise UsageError("--quick and --full exclude each other")
+    if source is not None and not full and not logits:
+        raise UsageError("--source is compared with all weights", hint="add --full, or --logits")
+    return "quick" if quick else "full" if full else "default"
+
+
+def _source(
+    source: str | None, revision: str | None, offline: bool, token: shared.Token | None
+) -> SourceModel | None:
+    if source is None:
+        if revision is not None:
+            raise UsageError("--revision is of --source, which is not given")
+        return None
+    from m27quant.verify.full import SourceModel
+
+    secret = token.reveal() if token else None
+    return SourceModel(model=source, revision=revision, offline=offline, token=secret)
 
 
 def _format(output_format: str, json: bool) -> str:

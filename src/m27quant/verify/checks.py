@@ -9,10 +9,12 @@ FAMILIES = {
     "T": "inventory",
     "D": "types",
     "S": "scales",
+    "W": "weights",
     "F": "configs",
     "E": "engines",
     "V": "serving",
     "R": "drafter",
+    "L": "logits",
 }
 """Letter of a code -> family, the gravest first."""
 
@@ -376,6 +378,108 @@ _check(
     _engines("1.0 and one warning", "1.0"),
 )  # fmt: skip
 
+# -- weights: level full; from W010 on with a source -----------------------------------------------
+
+_FETCH = "Download the file again, or quantize again."
+_AS_IS = _engines("used as it is", "used as it is", "used as it is")
+_GARBAGE = _engines("garbage, silently", "garbage, silently", "garbage, silently")
+
+_check(
+    "M27-W001", ERROR, "shard is not the file that was written",
+    "Its SHA-256 is not the one in quantization_report.json: a bit that flipped, a copy that broke off, an edit.",
+    _FETCH, _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W002", WARNING, "matrix of zeros",
+    "All codes of an expert's matrix are zero: the expert gives nothing.",
+    "Compare with the original: `m27quant verify CHECKPOINT --full --source MODEL`.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W003", WARNING, "blocks of zeros under scales of their own",
+    "A block that was zero has scale 1; another scale says that there were sixteen weights, which are lost.",
+    "Compare with the original: `m27quant verify CHECKPOINT --full --source MODEL`.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W004", WARNING, "codes are saturated",
+    "More than half of a matrix's codes are 6, the largest: its scales are far too small and weights are clipped.",
+    "Quantize with scales from the blocks' own maxima.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W005", ERROR, "weight is NaN or infinite", "A tensor of 16 or 32 bits holds numbers that are none.",
+    _FETCH, _engines("NaN logits", "NaN logits", "NaN logits"),
+)  # fmt: skip
+_check(
+    "M27-W006", WARNING, "report does not cover the shards",
+    "quantization_report.json has no SHA-256 of a shard: that file's content is unproven.",
+    "Take report and shards of one run.",
+)  # fmt: skip
+_check(
+    "M27-W010", ERROR, "nibbles are swapped",
+    "The even column belongs in the low nibble; with nibbles swapped the matrix fits its source.",
+    "Swap the nibbles of every byte, or quantize again.", _GARBAGE,
+)  # fmt: skip
+_check(
+    "M27-W011", ERROR, "block scales are swizzled",
+    "Stored in the tiles of one kernel's layout; put back row by row, the matrix fits its source.",
+    "Store block scales as [out, in/16], row by row.", _GARBAGE,
+)  # fmt: skip
+_check(
+    "M27-W012", ERROR, "global scale is a reciprocal",
+    "weight_scale_2 multiplies; this one is what compressed-tensors stores, which divides.",
+    "Store 1 / weight_scale_2.", _GARBAGE,
+)  # fmt: skip
+_check(
+    "M27-W013", ERROR, "global scale does not belong to the codes",
+    "Codes and block scales are those of the source's maximum, weight_scale_2 is not: the whole matrix is scaled.",
+    "Take weight_scale_2 from the source's maximum divided by 2688.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W014", ERROR, "another matrix's weights", "The matrix holds what belongs under another name of the layer.",
+    "Correct the names, or quantize again.", _GARBAGE,
+)  # fmt: skip
+_check(
+    "M27-W015", ERROR, "bytes are damaged",
+    "Most matrices are exactly what quantizing the source gives, this one is not: it was changed afterwards.",
+    _FETCH, _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W016", ERROR, "matrix is not the source's",
+    "Less than 10 dB of SQNR where NVFP4 has about 20, and no known mistake explains it.",
+    "Make sure that --source is the right model, then quantize again.", _GARBAGE,
+)  # fmt: skip
+_check(
+    "M27-W017", NOTE, "another recipe than block maxima",
+    "Most matrices fit the source, but are not the bytes that scales from block maxima give: another method.",
+    "Nothing, where this is meant.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W018", ERROR, "attention is not the source's",
+    "Attention weights must be the BF16 dequantization of the source: one product in F32, rounded once.",
+    "Dequantize attention in F32 and round to BF16, as m27quant does.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W019", ERROR, "embedding or head is not the source's",
+    "Tensors that are not quantized are copied byte for byte.", "Copy the tensor from the source.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W020", ERROR, "router is not the source's",
+    "Gate and e_score_correction_bias decide which experts a token goes to; they are copied byte for byte.",
+    "Copy the tensor from the source.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W021", ERROR, "norm is not the source's", "Norms are copied byte for byte.",
+    "Copy the tensor from the source.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W022", ERROR, "source is another model",
+    "A size in its config.json differs, so nothing was compared.", "Name the model that was quantized as --source.",
+)  # fmt: skip
+_check(
+    "M27-W023", WARNING, "quantized under another maximum",
+    "Most matrices are exactly what quantizing the source gives; this one has another global scale and codes for it.",
+    "Quantize again, with weight_scale_2 from the matrix's own maximum.", _AS_IS,
+)  # fmt: skip
+
 # -- configs ---------------------------------------------------------------------------------------
 
 _check(
@@ -513,7 +617,6 @@ _check(
     "Keep the official fields: rotary_dim and rope_theta.",
     _engines("version by version another one counts", "as vLLM", "rope_parameters count"),
 )  # fmt: skip
-
 _check(
     "M27-F027", ERROR, "rotation is not the official one",
     "The sizes are those of MiniMax-M2.x, but rotary_dim, rope_theta or head_dim is not what it was trained with.",
@@ -629,4 +732,33 @@ _check(
     "Without FP4 units the weights are unpacked to 16 bits for every product: it saves memory, not arithmetic.",
     "Nothing, where memory is the aim; input_scale is not used there.",
     _engines("Marlin, W4A16", "Marlin, W4A16"),
+)  # fmt: skip
+
+# -- logits: with --logits -------------------------------------------------------------------------
+
+_ALONE = "`m27quant verify CHECKPOINT --full --source MODEL` names the matrix; quantize again."
+_check(
+    "M27-L001", ERROR, "logits are NaN or infinite", "Some token of the text gets no probabilities.",
+    "Mend what other checks find; overflow without a finding comes from scales that are far too large.",
+    _engines("NaN logits, or `!` for ever", "NaN logits, or `!` for ever", "NaN logits"),
+)  # fmt: skip
+_check(
+    "M27-L002", ERROR, "perplexity is too high",
+    "Over its source's on the text, the ratio is above 1.05; tiny-m27, which has little to spare, measures 1.02.",
+    _ALONE,
+)  # fmt: skip
+_check(
+    "M27-L003", ERROR, "distributions are too far apart",
+    "The mean KL divergence from the source's next-token probabilities is above 0.05 nats; tiny-m27 measures 0.013.",
+    _ALONE,
+)  # fmt: skip
+_check(
+    "M27-L004", WARNING, "too many likeliest tokens differ",
+    "Checkpoint and source agree on fewer than 85% of the likeliest next tokens; tiny-m27 measures 92%.", _ALONE,
+)  # fmt: skip
+_check(
+    "M27-L005", ERROR, "expert is not the source's",
+    "On the source's own tokens for this expert its output has an SQNR below 10 dB; sound ones of tiny-m27 have 14 to "
+    "18. A halved scale leaves 6 or less.",
+    _ALONE, _engines("used as it is", "used as it is", "used as it is"),
 )  # fmt: skip

@@ -6,25 +6,32 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from m27quant.errors import UsageError, escape
+from m27quant.errors import CheckpointError, UsageError, escape
+from m27quant.progress import ProgressCallback
+from m27quant.progress import ignore as nobody
 from m27quant.verify.checks import CHECKS
 from m27quant.verify.collect import Findings
 from m27quant.verify.configs import check_configs, read_configs
 from m27quant.verify.container import read_container
 from m27quant.verify.engines import ENGINES, Engine, check_engines
-from m27quant.verify.findings import Finding, VerifyResult
+from m27quant.verify.findings import Finding, Severity, VerifyResult
 from m27quant.verify.findings import select as keep
 from m27quant.verify.inventory import check_inventory
 from m27quant.verify.serving import Serving, check_serving, tensor_parallel_sizes
 from m27quant.verify.types import check_types
 from m27quant.verify.view import View
 
-Level = Literal["quick", "default"]
+if TYPE_CHECKING:
+    from m27quant.verify.full import SourceModel
+    from m27quant.verify.logits import LogitsOptions
+
+Level = Literal["quick", "default", "full"]
 NEEDS_SCALES = {f"M27-S{number:03d}" for number in range(1, 17)}
 """What headers cannot tell."""
-OF_SERVING = "M27-V"
+OF_WEIGHTS, FIRST_OF_SOURCE = "M27-W", "M27-W010"
+OF_SERVING, OF_LOGITS = "M27-V", "M27-L"
 
 
 def verify_checkpoint(
@@ -34,25 +41,35 @@ def verify_checkpoint(
     engine: Engine | None = None,
     select: Iterable[str] = (),
     ignore: Iterable[str] = (),
+    source: SourceModel | str | None = None,
+    progress: ProgressCallback = nobody,
     serving: Serving | None = None,
+    logits: LogitsOptions | None = None,
 ) -> VerifyResult:
     """Check a folder that should hold MiniMax-M2.x in experts-only NVFP4.
 
     Args:
         checkpoint: the folder.
-        level: "quick" reads headers, index and configs; "default" also every scale.
+        level: "quick" reads headers, index and configs; "default" also every scale; "full" all weights.
         engine: report only what concerns this engine; all where None.
         select: codes, or their beginnings, to report; all where empty.
         ignore: codes, or their beginnings, not to report.
+        source: at level "full", the FP8 or BF16 model that every tensor is compared with: a folder or a Hub id.
+        progress: called with snapshots of level "full".
         serving: also whether it can be served in this way; nothing of it where None.
+        logits: also how far its next-token probabilities are from the source's on a text; not where None.
 
     Raises:
-        UsageError: an unknown level, engine or code.
+        UsageError: an unknown level, engine or code; a source at another level than full.
         CheckpointError: not a checkpoint of this model at all; all lesser faults are findings.
         EnvironmentFault: a file that exists and cannot be read.
     """
     select, ignore = _codes(select), _codes(ignore)
     _one_of("level", level, get_args(Level))
+    if source is not None and level != "full" and logits is None:
+        raise UsageError("a source is compared with all weights", hint="take level full with it, or logits")
+    if logits is not None and source is None:
+        raise UsageError("logits are compared with the source's, which is not given")
     if engine is not None:
         _one_of("engine", engine, ENGINES)
     found = Findings()
@@ -66,15 +83,25 @@ def verify_checkpoint(
         from m27quant.verify.scales import check_scales  # numpy: not for headers alone
 
         check_scales(view, found)
-    facts = _facts(view)
+    more: dict[str, Any] = {}
+    if level == "full":
+        from m27quant.verify.full import check_full  # the kernels, and torch
+
+        more |= check_full(view, found, _source_model(source), progress)
+    if logits is not None:
+        more["logits"] = _logits(view, found, source, logits, progress)
+    facts = _facts(view) | more
     if serving:
         for name, of_engine in check_serving(
             view, found, serving, ENGINES if engine is None else (engine,)
         ).items():
             facts[f"serving_{name}"] = of_engine
     run = [code for code in CHECKS if level != "quick" or code not in NEEDS_SCALES]
+    run = [code for code in run if not code.startswith(OF_WEIGHTS) or _reads_weights(code, level, source)]
     if not serving:
         run = [code for code in run if not code.startswith(OF_SERVING)]
+    if "kl_mean" not in more.get("logits", {}):
+        run = [code for code in run if not code.startswith(OF_LOGITS)]
     return VerifyResult(
         checkpoint=escape(checkpoint, 4096),
         level=level,
@@ -84,10 +111,42 @@ def verify_checkpoint(
     )
 
 
+def _source_model(source: SourceModel | str | None) -> SourceModel | None:
+    from m27quant.verify.full import SourceModel
+
+    return SourceModel(model=source) if isinstance(source, str) else source
+
+
+def _logits(
+    view: View,
+    found: Findings,
+    source: SourceModel | str | None,
+    options: LogitsOptions,
+    progress: ProgressCallback,
+) -> dict[str, Any]:
+    """The figures, or why there are none: what cannot be computed was found by other checks before."""
+    from m27quant.verify.logits import compare_with_source  # the runtime, and torch
+
+    model = _source_model(source)
+    assert model is not None
+    with model.open() as opened:
+        try:
+            return compare_with_source(view.folder, opened, options, found, progress=progress)
+        except CheckpointError as fault:
+            if not any(f.severity is Severity.ERROR for f in found.finish()):
+                raise
+            return {"not_computed": fault.message}
+
+
 def _chosen(
     found: Findings, engine: Engine | None, only: tuple[str, ...], ignore: tuple[str, ...]
 ) -> list[Finding]:
     return [f for f in keep(found.finish(), only=only, ignore=ignore) if _concerns(f.check.code, engine)]
+
+
+def _reads_weights(code: str, level: Level, source: object) -> bool:
+    """Whether a check of weights applies at this level; from W010 on it compares with a source."""
+    return level == "full" and (source is not None or code < FIRST_OF_SOURCE)
 
 
 def _wanted(code: str, only: tuple[str, ...], ignore: tuple[str, ...]) -> bool:

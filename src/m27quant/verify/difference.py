@@ -1,0 +1,199 @@
+"""One packed matrix against its source: equal to a re-quantization, or how it differs and by which mistake.
+
+Shapes: N out features, K in features, G = K/16 groups, R rows of a sample, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+from m27quant.checkpoint import names
+from m27quant.checkpoint.source import Source
+from m27quant.kernels import fp8_dequant, nvfp4_pack
+from m27quant.kernels.nvfp4_pack import PackedNVFP4
+from m27quant.kernels.nvfp4_pack.reference import bf16_rows
+from m27quant.pack import Naming
+
+Kind = Literal[
+    "exact",
+    "nibbles",
+    "swizzled",
+    "reciprocal",
+    "global scale",
+    "another matrix",
+    "far",
+    "bytes",
+    "another amax",
+]
+FAR_DB = 10.0
+"""Below it the values are not the source's: NVFP4 has about 20 dB."""
+BETTER_DB = 6.0
+"""What undoing a mistake must gain."""
+SAME_COSINE = 0.9
+SAMPLE_ROWS = 4
+TILE_ROWS, TILE_COLUMNS = 128, 4
+"""Of the layout in which kernels want block scales."""
+
+
+@dataclass(slots=True)
+class Matrix:
+    """A packed matrix and what it was made from."""
+
+    module: str
+    layer: int
+    expert: int
+    projection: str
+    weight: torch.Tensor
+    """The source's, FP8 or BF16 [N, K]."""
+    scale_inv: torch.Tensor | None
+    block: tuple[int, int]
+    packed: PackedNVFP4
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What comparing one matrix gave."""
+
+    module: str
+    layer: int
+    kind: Kind
+    sqnr_db: float | None
+    """None where the source is all zero and nothing was lost."""
+    detail: str = ""
+    """Figures of the difference, for people."""
+    figures: dict[str, float | int] = field(default_factory=dict)
+
+
+def diagnose(source: Source, m: Matrix, amax: torch.Tensor) -> Outcome:
+    """Quantize again under `amax`, the largest magnitude of the matrices that share a global scale."""
+    with Naming(m.module):
+        again = nvfp4_pack.pack(m.weight, m.scale_inv, amax=amax, block=m.block)
+    same_codes = same_bytes(m.packed.weight, again.weight)
+    same_scales = same_bytes(m.packed.weight_scale, again.weight_scale)
+    same_global = bool(m.packed.weight_scale_2 == again.weight_scale_2)
+    sqnr_db = _sqnr_db(m, m.packed)
+    if same_codes and same_scales and same_global:
+        return Outcome(m.module, m.layer, "exact", sqnr_db)
+    here, there = float(m.packed.weight_scale_2), float(again.weight_scale_2)
+    of_globals = f"weight_scale_2 is {here:.7g}, the source gives {there:.7g}"
+    if same_codes and same_scales:
+        kind: Kind = "reciprocal" if math.isclose(here, 1 / there, rel_tol=1e-3) else "global scale"
+        return Outcome(m.module, m.layer, kind, sqnr_db, of_globals)
+    kind, detail = _mistake(source, m, again, sqnr_db)
+    if kind == "another amax" and same_global:
+        kind = "bytes"
+    elif kind == "another amax":
+        detail = f"{of_globals}; {detail}"
+    return Outcome(m.module, m.layer, kind, sqnr_db, detail)
+
+
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit; both contiguous on the CPU."""
+    return bool(np.array_equal(_words(a), _words(b)))
+
+
+def _words(tensor: torch.Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.view(torch.uint8).view(-1).numpy()
+    return array.view(np.uint64) if array.size % 8 == 0 else array
+
+
+def _mistake(source: Source, m: Matrix, again: PackedNVFP4, sqnr_db: float | None) -> tuple[Kind, str]:
+    """The mistake that explains a matrix whose codes or block scales are not the expected ones."""
+    now = -math.inf if sqnr_db is None else sqnr_db
+    undone = {kind: _sqnr_db(m, packed) for kind, packed in _without_mistake(m.packed).items()}
+    kind, best = max(undone.items(), key=lambda item: -math.inf if item[1] is None else item[1])
+    if best is not None and best >= max(FAR_DB, now + BETTER_DB):
+        return kind, f"SQNR {now:.1f} dB as it is, {best:.1f} dB with the mistake undone"
+    detail = _figures(m, again, now)
+    if now >= FAR_DB:
+        return "another amax", detail
+    other = _belongs_to(source, m)
+    if other is not None:
+        return "another matrix", f"holds the weights of '{other}'; {detail}"
+    return "far", detail
+
+
+def _without_mistake(packed: PackedNVFP4) -> dict[Kind, PackedNVFP4]:
+    """The matrix with one mistake undone, for each that is known."""
+    codes, scale, scale_2 = packed
+    found: dict[Kind, PackedNVFP4] = {
+        "nibbles": packed._replace(weight=(codes << 4) | (codes >> 4)),
+        "reciprocal": packed._replace(weight_scale_2=1 / scale_2),
+    }
+    n, g = scale.shape
+    if n % TILE_ROWS == 0 and g % TILE_COLUMNS == 0:
+        found["swizzled"] = packed._replace(weight_scale=unswizzle(scale))
+    return found
+
+
+def swizzle(scale_NG: torch.Tensor) -> torch.Tensor:
+    """Block scales in the 128x4 tiles of Blackwell's kernels, in the same shape (CUTLASS' layout SFA)."""
+    n, g = scale_NG.shape
+    tiles = scale_NG.view(torch.uint8).view(n // TILE_ROWS, 4, 32, g // TILE_COLUMNS, TILE_COLUMNS)
+    return tiles.permute(0, 3, 2, 1, 4).contiguous().view(n, g).view(scale_NG.dtype)
+
+
+def unswizzle(scale_NG: torch.Tensor) -> torch.Tensor:
+    """The inverse of `swizzle`."""
+    n, g = scale_NG.shape
+    tiles = scale_NG.view(torch.uint8).view(n // TILE_ROWS, g // TILE_COLUMNS, 32, 4, TILE_COLUMNS)
+    return tiles.permute(0, 3, 2, 1, 4).contiguous().view(n, g).view(scale_NG.dtype)
+
+
+def _sqnr_db(m: Matrix, packed: PackedNVFP4) -> float | None:
+    error = nvfp4_pack.squared_error(m.weight, m.scale_inv, packed, block=m.block)
+    if not error.signal and not error.noise:
+        return None
+    if not error.signal or not math.isfinite(error.noise):
+        return -math.inf
+    return error.sqnr_db
+
+
+def _figures(m: Matrix, again: PackedNVFP4, sqnr_db: float) -> str:
+    """Bytes that differ and where, SQNR, cosine, the worst block of 16."""
+    codes_N = (m.packed.weight != again.weight).sum(1)
+    scales_NG = m.packed.weight_scale.view(torch.uint8) != again.weight_scale.view(torch.uint8)
+    rows = torch.nonzero((codes_N > 0) | scales_NG.any(1)).flatten()
+    x_NK = bf16_rows(m.weight, m.scale_inv, slice(0, m.weight.shape[0]), m.block).float()
+    y_NK = nvfp4_pack.unpack(m.packed)
+    cosine = float(torch.nn.functional.cosine_similarity(x_NK.flatten(), y_NK.flatten(), dim=0))
+    worst_NG = (x_NK - y_NK).square_().view(x_NK.shape[0], -1, nvfp4_pack.GROUP).sum(-1).nan_to_num(torch.inf)
+    row, group = divmod(int(worst_NG.argmax()), worst_NG.shape[1])
+    return (
+        f"{int(codes_N.sum()):,} bytes of codes and {int(scales_NG.sum()):,} block scales differ, from row "
+        f"{int(rows[0])} on; SQNR {sqnr_db:.1f} dB, cosine {cosine:.4f}, worst block [{row}, {group}]"
+    )
+
+
+# -- whose weights are these -----------------------------------------------------------------------
+
+
+def _belongs_to(source: Source, m: Matrix) -> str | None:
+    """The module of the same layer whose weights these are, by a sample of rows."""
+    rows = min(SAMPLE_ROWS, m.block[0], m.weight.shape[0])
+    codes, scale, scale_2 = m.packed
+    mine_R = nvfp4_pack.unpack(PackedNVFP4(codes[:rows], scale[:rows], scale_2)).flatten().nan_to_num()
+    for projection in ("w2",) if m.projection == "w2" else ("w1", "w3"):
+        for expert in range(source.config.num_local_experts):
+            module = names.expert(m.layer, expert, projection)
+            theirs_R = _sample(source, module, rows, m.block).flatten()
+            if (
+                module != m.module
+                and torch.nn.functional.cosine_similarity(mine_R, theirs_R, dim=0) > SAME_COSINE
+            ):
+                return module
+    return None
+
+
+def _sample(source: Source, module: str, rows: int, block: tuple[int, int]) -> torch.Tensor:
+    """The first rows of a source matrix, F32 [R, K]."""
+    weight = source.read_rows(f"{module}.weight", 0, rows)
+    if weight.dtype != torch.float8_e4m3fn:
+        return weight.float()
+    scale = source.read_rows(f"{module}.weight_scale_inv", 0, 1)
+    return fp8_dequant.dequantize(weight, scale, torch.float32, block)
