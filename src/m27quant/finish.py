@@ -26,7 +26,9 @@ def build_result(
     prepared: Prepared, job: Job, fingerprint: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, bytes]]:
     """(report, work file -> final shard name, small files)."""
-    source, plan, units = prepared.source, prepared.plan, job.workspace.journal.all("unit")
+    source, plan = prepared.source, prepared.plan
+    done = {e["name"]: e for e in job.workspace.journal.all("unit")}
+    units = [done[unit.name] for unit in plan.units]
     records = [e["record"] for e in units if "record" in e]
     written = [f for e in units for f in e["files"] if not is_hidden(f)]
     finals = plan.shard_names()

@@ -135,7 +135,8 @@ def _run(
             - prepared.plan.shard_bytes
             + left,
         )
-        for unit in prepared.plan.units:
+        # what is only copied comes first: a damaged head is found before the long work, not after it
+        for unit in sorted(prepared.plan.units, key=lambda u: (u.layer is not None, u.name != HEAD)):
             if workspace.journal.find("unit", name=unit.name) is None:
                 started = time.monotonic()
                 _run_unit(job, unit)

@@ -16,6 +16,7 @@ from m27quant.layer_job import Job
 from m27quant.plan import Unit
 from m27quant.progress import Progress
 from m27quant.quantize import quantize_checkpoint
+from tests.checkpoints import Shape, random_tensors, stored, write_checkpoint
 from tests.faults import corruptions as c
 from tests.faults.conftest import Quantize
 
@@ -80,9 +81,9 @@ NON_FINITE = {
         "model.embed_tokens.weight",
         c.fill("model.embed_tokens.weight", NAN_BF16, at=48 * 10),
         ("1 NaN or Inf", "[10, 0]"),
-        False,
+        True,
     ),
-    "head": ("lm_head.weight", c.fill("lm_head.weight", NAN_BF16, at=1), ("1 NaN or Inf", "[0, 1]"), True),
+    "head": ("lm_head.weight", c.fill("lm_head.weight", NAN_BF16, at=1), ("1 NaN or Inf", "[0, 1]"), False),
 }
 
 
@@ -217,25 +218,36 @@ def test_a_shard_that_changes_is_noticed(
     assert private_only(tmp_path / "out")
 
 
-def test_a_change_behind_the_last_layer_is_noticed(model: Path, rows: Path, tmp_path: Path) -> None:
-    """The head is copied last; its shard must still be the one whose header was read."""
+def test_a_change_while_the_head_is_copied_is_noticed(model: Path, rows: Path, tmp_path: Path) -> None:
+    """The head is copied first, and its shard is looked at again before any layer begins."""
     path = c.shard_of(model, "lm_head.weight")
-    out = tmp_path / "out"
 
     def listen(snapshot: Progress) -> None:
-        if snapshot.stage == "commit":
-            raise AssertionError("must not get there")
-
-    calls: list[int] = []
-
-    def stop() -> None:
-        """Called while the head is copied, when the last layer is recorded."""
-        if len(list((out / ".m27quant" / "work").glob("layer-0001-*.safetensors"))) and not calls:
-            calls.append(1)
-            os.utime(path, (1, 1))
+        raise AssertionError("must not get there")
 
     with pytest.raises(CheckpointError, match="changed while it was in use"):
-        quantize_checkpoint(str(model), out, dataset=str(rows), progress=listen, stop=stop)
+        quantize_checkpoint(
+            str(model),
+            tmp_path / "out",
+            dataset=str(rows),
+            progress=listen,
+            stop=lambda: os.utime(path, (1, 1)),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_head_is_found_before_the_layers(rows: Path, tmp_path: Path) -> None:
+    """Hours of work must not end at a NaN in what is only copied."""
+    tensors = stored(random_tensors(Shape()))
+    tensors["lm_head.weight"][3, 5] = float("nan")
+    model = write_checkpoint(tmp_path / "model", tensors=tensors)
+
+    def listen(snapshot: Progress) -> None:
+        raise AssertionError("must not get there")
+
+    with pytest.raises(CheckpointError, match="lm_head"):
+        quantize_checkpoint(str(model), tmp_path / "out", dataset=str(rows), progress=listen)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failing_disk_under_the_source(
