@@ -182,6 +182,15 @@ Context = Annotated[
         show_default=False,
     ),
 ]
+Drafter = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Also check this DFlash or EAGLE3 drafter against the checkpoint.",
+        rich_help_panel=SERVING,
+        show_default=False,
+    ),
+]
 Select = Annotated[
     list[str] | None,
     typer.Option(
@@ -264,6 +273,7 @@ def verify(
     tp: TensorParallel = None,
     ep: ExpertParallel = None,
     context: Context = None,
+    drafter: Drafter = None,
     select: Select = None,
     ignore: Ignore = None,
     fail_on: FailOn = "error",
@@ -319,6 +329,7 @@ def verify(
             source=_source(source, revision, offline, token),
             progress=progress,
             serving=Serving(gpu=gpu, tp=tp, ep=ep, context=context),
+            drafter=drafter,
             logits=_logits(given) if logits else None,
         )
     if not result.checks_run:

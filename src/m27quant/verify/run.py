@@ -15,6 +15,7 @@ from m27quant.verify.checks import CHECKS
 from m27quant.verify.collect import Findings
 from m27quant.verify.configs import check_configs, read_configs
 from m27quant.verify.container import read_container
+from m27quant.verify.drafter import check_drafter
 from m27quant.verify.engines import ENGINES, Engine, check_engines
 from m27quant.verify.findings import Finding, Severity, VerifyResult
 from m27quant.verify.findings import select as keep
@@ -31,7 +32,7 @@ Level = Literal["quick", "default", "full"]
 NEEDS_SCALES = {f"M27-S{number:03d}" for number in range(1, 17)}
 """What headers cannot tell."""
 OF_WEIGHTS, FIRST_OF_SOURCE = "M27-W", "M27-W010"
-OF_SERVING, OF_LOGITS = "M27-V", "M27-L"
+OF_SERVING, OF_DRAFTER, OF_LOGITS = "M27-V", "M27-R", "M27-L"
 
 
 def verify_checkpoint(
@@ -44,6 +45,7 @@ def verify_checkpoint(
     source: SourceModel | str | None = None,
     progress: ProgressCallback = nobody,
     serving: Serving | None = None,
+    drafter: str | os.PathLike[str] | None = None,
     logits: LogitsOptions | None = None,
 ) -> VerifyResult:
     """Check a folder that should hold MiniMax-M2.x in experts-only NVFP4.
@@ -57,6 +59,7 @@ def verify_checkpoint(
         source: at level "full", the FP8 or BF16 model that every tensor is compared with: a folder or a Hub id.
         progress: called with snapshots of level "full".
         serving: also whether it can be served in this way; nothing of it where None.
+        drafter: folder of a DFlash or EAGLE3 drafter that is also checked against this target.
         logits: also how far its next-token probabilities are from the source's on a text; not where None.
 
     Raises:
@@ -96,10 +99,14 @@ def verify_checkpoint(
             view, found, serving, ENGINES if engine is None else (engine,)
         ).items():
             facts[f"serving_{name}"] = of_engine
+    if drafter is not None and view.config is not None:
+        facts["drafter"] = check_drafter(Path(drafter), view.config, found, values=level != "quick")
     run = [code for code in CHECKS if level != "quick" or code not in NEEDS_SCALES]
     run = [code for code in run if not code.startswith(OF_WEIGHTS) or _reads_weights(code, level, source)]
     if not serving:
         run = [code for code in run if not code.startswith(OF_SERVING)]
+    if drafter is None:
+        run = [code for code in run if not code.startswith(OF_DRAFTER)]
     if "kl_mean" not in more.get("logits", {}):
         run = [code for code in run if not code.startswith(OF_LOGITS)]
     return VerifyResult(

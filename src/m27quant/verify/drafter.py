@@ -1,0 +1,349 @@
+"""A drafter beside its target: sizes, vocabulary, taps and tensors, as the engines would take them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from array import array
+from pathlib import Path
+from typing import Any
+
+from m27quant.checkpoint.config import M2Config
+from m27quant.checkpoint.header import TensorInfo, pread_exactly, read_header
+from m27quant.checkpoint.source import INDEX, SINGLE, check_link_stays_inside, check_stays_inside
+from m27quant.checkpoint.strict_json import MAX_INDEX_BYTES, read_object
+from m27quant.errors import CheckpointError, EnvironmentFault, escape
+from m27quant.verify.collect import Findings
+from m27quant.verify.drafter_config import (
+    DrafterConfig,
+    Taps,
+    expected_tensors,
+    parse_drafter,
+    read_taps,
+    table,
+)
+
+CONFIG = "config.json"
+FLOATS = ("BF16", "F16", "F32")
+INTEGERS = {"I64": "q", "I32": "i"}
+"""Type of d2t -> its letter for `array`."""
+OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d", "fc_norm.weight", "input_norm.weight")
+MAX_LAYERS = 256
+
+
+def check_drafter(folder: Path, target: M2Config, found: Findings, *, values: bool = True) -> dict[str, Any]:
+    """Check the drafter in `folder` against its target's sizes; returns what it is.
+
+    With `values` the tables d2t and t2d are read too; nothing else of the weights is.
+
+    Raises:
+        CheckpointError: no such folder.
+        EnvironmentFault: a file that exists and cannot be read.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{escape(folder)}: no such folder", hint="name the drafter's folder")
+    raw = _read_config(folder, found)
+    tensors = _read_tensors(folder, found)
+    if raw is None or tensors is None:
+        return {}
+    if "mask_hidden" in tensors:
+        found.add("M27-R003", "drafter: P-EAGLE (it has a tensor 'mask_hidden') is not supported")
+        return {}
+    c = parse_drafter(raw, found)
+    if c is None:
+        return {}
+    _check_quantization(c, tensors, found)
+    taps = read_taps(c, target.num_hidden_layers, found)
+    same_width = _check_target(c, target, tensors, found)
+    if c.num_hidden_layers > MAX_LAYERS:
+        found.add("M27-R004", f"drafter: {c.num_hidden_layers:,} layers", found=c.num_hidden_layers)
+        return {}
+    if same_width:
+        _check_shapes(c, taps, tensors, found)
+    _check_vocabulary(c, target, tensors, found, values=values)
+    block_size, mask = _check_dflash(c, target, found)
+    _check_rope(c, found)
+    found.add("M27-R028", "drafter: SGLang needs --speculative-draft-model-quantization unquant")
+    facts = {
+        "kind": c.kind,
+        "layout": c.layout,
+        "taps": None if taps is None else list(taps.ids),
+        "hidden_states": None if taps is None else list(taps.captured),
+        "taps_count": None if taps is None else taps.convention,
+        "layers": c.num_hidden_layers,
+        "draft_vocab_size": c.draft_vocab_size,
+        "block_size": block_size,
+        "mask_token_id": mask,
+        "tensor_bytes": sum(info.nbytes for info in tensors.values()),
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path, found: Findings) -> dict[str, Any] | None:
+    try:
+        check_link_stays_inside(folder, folder / CONFIG)
+        return read_object(folder / CONFIG)
+    except CheckpointError as fault:
+        found.add("M27-R001", f"drafter: {fault.message}")
+        return None
+
+
+def _read_tensors(folder: Path, found: Findings) -> dict[str, TensorInfo] | None:
+    """All tensors by the names that both layouts share."""
+    try:
+        tensors: dict[str, TensorInfo] = {}
+        for shard in _shards(folder):
+            check_stays_inside(folder, shard)
+            for name, info in read_header(folder / shard).tensors.items():
+                if (plain := plain_name(name)) in tensors:
+                    raise CheckpointError(f"two tensors are named '{escape(plain)}'")
+                tensors[plain] = info
+    except CheckpointError as fault:
+        found.add("M27-R001", f"drafter: {fault.message}")
+        return None
+    return tensors
+
+
+def _shards(folder: Path) -> list[str]:
+    if os.path.lexists(folder / INDEX):
+        check_link_stays_inside(folder, folder / INDEX)
+        weight_map = read_object(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
+        shards = set(weight_map.values()) if isinstance(weight_map, dict) and _strings(weight_map) else set()
+        if not shards:
+            raise CheckpointError(f"{INDEX}: weight_map is missing, empty or not from names to files")
+        return sorted(shards)
+    if os.path.lexists(folder / SINGLE):
+        return [SINGLE]
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as fault:
+        raise EnvironmentFault(
+            f"{escape(folder)}: cannot be listed ({fault.strerror})", hint="check its permissions"
+        ) from None
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        raise CheckpointError("only pickled weights, which are never loaded")
+    raise CheckpointError(f"no weights ({SINGLE})")
+
+
+def _strings(weight_map: dict[str, Any]) -> bool:
+    return all(isinstance(shard, str) for shard in weight_map.values())
+
+
+def plain_name(name: str) -> str:
+    """`model.midlayer.x` and `layers.0.x` are one: what the engines' loaders make of both."""
+    plain = name.removeprefix("model.")
+    if plain.startswith("midlayer."):
+        return "layers.0." + plain.removeprefix("midlayer.")
+    return plain
+
+
+# -- sizes and tensors -----------------------------------------------------------------------------
+
+
+def _check_quantization(c: DrafterConfig, tensors: dict[str, TensorInfo], found: Findings) -> None:
+    codes = [n for n, info in tensors.items() if n not in ("d2t", "t2d") and info.dtype not in FLOATS]
+    for name in codes:
+        found.add(
+            "M27-R008", f"drafter: '{escape(name)}' is {tensors[name].dtype}",
+            expected="BF16", found=tensors[name].dtype,
+        )  # fmt: skip
+    if not codes and (c.raw.get("quantization_config") or c.raw.get("compression_config")):
+        method = table(c.raw, "quantization_config").get("quant_method")
+        found.add(
+            "M27-R027", f"drafter: config.json says it is quantized ({escape(method)}), its weights are not",
+            expected="no quantization_config", found=method,
+        )  # fmt: skip
+
+
+def _check_target(
+    c: DrafterConfig, target: M2Config, tensors: dict[str, TensorInfo], found: Findings
+) -> bool:
+    """Widths: the target's hidden states come in, and its embedding and head are shared."""
+    shares = c.kind == "dflash" or "embed_tokens.weight" not in tensors
+    named = {"target_hidden_size": c.target_hidden_size} | ({"hidden_size": c.hidden_size} if shares else {})
+    for key, size in named.items():
+        if size != target.hidden_size:
+            found.add(
+                "M27-R009", f"drafter: {key} is {size:,}, the target's hidden_size {target.hidden_size:,}",
+                expected=target.hidden_size, found=size,
+            )  # fmt: skip
+            return False
+    return True
+
+
+def _check_shapes(
+    c: DrafterConfig, taps: Taps | None, tensors: dict[str, TensorInfo], found: Findings
+) -> None:
+    fc = tensors.get("fc.weight")
+    width = fc.shape[1] if fc is not None and len(fc.shape) == 2 else 0
+    fed = width // c.target_hidden_size if width % c.target_hidden_size == 0 else 0
+    stated = len(taps.captured) if taps is not None else fed or 3
+    if fed and fed != stated:
+        found.add(
+            "M27-R018", f"drafter: fc takes {fed} hidden states, config.json names {stated}",
+            expected=fed, found=stated,
+        )  # fmt: skip
+    expected = dict(expected_tensors(c, fed or stated))
+    for name, shape in expected.items():
+        info = tensors.get(name)
+        if info is None:
+            found.add("M27-R005", f"drafter: '{name}' is missing", expected=list(shape))
+        elif info.shape != shape:
+            _wrong_shape(info, name, shape, found)
+    for name in tensors.keys() - expected.keys():
+        if name not in OPTIONAL and not name.endswith("rotary_emb.inv_freq"):
+            found.add("M27-R006", f"drafter: '{escape(name)}' is not a tensor of {c.kind}", found=name)
+
+
+def _wrong_shape(info: TensorInfo, name: str, shape: tuple[int, ...], found: Findings) -> None:
+    found.add(
+        "M27-R007", f"drafter: '{name}' has shape {escape(list(info.shape))}, expected {list(shape)}",
+        expected=list(shape), found=list(info.shape),
+    )  # fmt: skip
+
+
+# -- vocabulary ------------------------------------------------------------------------------------
+
+
+def _check_vocabulary(
+    c: DrafterConfig, target: M2Config, tensors: dict[str, TensorInfo], found: Findings, *, values: bool
+) -> None:
+    rows = target.vocab_size
+    if c.vocab_size > rows or c.draft_vocab_size > rows:
+        found.add(
+            "M27-R010", f"drafter: {max(c.vocab_size, c.draft_vocab_size):,} tokens, the target has {rows:,}",
+            expected=rows, found=max(c.vocab_size, c.draft_vocab_size),
+        )  # fmt: skip
+        return
+    reduced = c.draft_vocab_size < c.vocab_size
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("embed_tokens.weight")
+    if embedding is not None and embedding.shape[:1] and embedding.shape[0] < rows:
+        found.add(
+            "M27-R010", f"drafter: its embedding has {embedding.shape[0]:,} rows, the target {rows:,} tokens",
+            expected=rows, found=embedding.shape[0],
+        )  # fmt: skip
+    if head is None and (reduced or c.kind == "eagle3"):
+        found.add(
+            "M27-R025", "drafter: 'lm_head.weight' is missing", expected=[c.draft_vocab_size, c.hidden_size]
+        )
+    elif head is not None and head.shape != (c.draft_vocab_size, c.hidden_size):
+        _wrong_shape(head, "lm_head.weight", (c.draft_vocab_size, c.hidden_size), found)
+    own = [n for n, info in (("lm_head", head), ("embed_tokens", embedding)) if info is not None]
+    if "embed_tokens" in own or (own and not reduced and c.kind == "dflash"):
+        found.add("M27-R026", f"drafter: it brings its own {' and '.join(own)}")
+    if reduced and "d2t" not in tensors:
+        found.add(
+            "M27-R011", f"drafter: {c.draft_vocab_size:,} of {rows:,} tokens, but no d2t", expected="d2t"
+        )  # fmt: skip
+    _check_tables(c, rows, tensors, found, values=values)
+
+
+def _check_tables(
+    c: DrafterConfig, rows: int, tensors: dict[str, TensorInfo], found: Findings, *, values: bool
+) -> None:
+    """d2t: I64 [draft_vocab], offsets; t2d: BOOL [vocab], the tokens that d2t leads to."""
+    good = {}
+    for name, shape, dtypes in (
+        ("d2t", (c.draft_vocab_size,), tuple(INTEGERS)),
+        ("t2d", (c.vocab_size,), ("BOOL",)),
+    ):
+        info = tensors.get(name)
+        if info is not None and (info.shape != shape or info.dtype not in dtypes):
+            found.add(
+                "M27-R012", f"drafter: '{name}' is {info.dtype} {escape(list(info.shape))}, "
+                f"expected {dtypes[0]} {list(shape)}", expected=list(shape), found=list(info.shape),
+            )  # fmt: skip
+        elif info is not None:
+            good[name] = info
+    if not values or "d2t" not in good:
+        return
+    offsets = _integers(good["d2t"])
+    tokens = _check_d2t(offsets, rows, found)
+    if tokens is not None and "t2d" in good:
+        marked = {i for i, byte in enumerate(_read(good["t2d"])) if byte}
+        if marked == set(offsets) != tokens:
+            found.add("M27-R013", "drafter: d2t: it looks like ids instead of offsets: t2d marks just these")
+        elif marked != tokens:
+            one = min(marked ^ tokens)
+            found.add(
+                "M27-R014", f"drafter: t2d and d2t disagree on {len(marked ^ tokens):,} tokens, first {one}",
+                expected=f"{len(tokens)} tokens", found=f"{len(marked)} tokens",
+            )  # fmt: skip
+
+
+def _check_d2t(offsets: list[int], rows: int, found: Findings) -> set[int] | None:
+    """The tokens that the drafter knows, or None where they are no tokens."""
+    tokens = [row + offset for row, offset in enumerate(offsets)]
+    outside = [row for row, token in enumerate(tokens) if not 0 <= token < rows]
+    if not outside and len(set(tokens)) == len(tokens):
+        return set(tokens)
+    ids = len(set(offsets)) == len(offsets) and all(0 <= offset < rows for offset in offsets)
+    looks = "; it looks like ids instead of offsets" if ids and len(offsets) > 1 else ""
+    if outside:
+        row = outside[0]
+        what = f"row {row} leads to token {tokens[row]} of {rows:,} ({len(outside):,} such rows)"
+    else:
+        what = f"{len(tokens) - len(set(tokens)):,} rows lead to a token that another row has"
+    found.add("M27-R013", f"drafter: d2t: {what}{looks}", expected=f"0 to {rows - 1}")
+    return None
+
+
+def _integers(info: TensorInfo) -> list[int]:
+    numbers = array(INTEGERS[info.dtype])
+    numbers.frombytes(_read(info))
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers.tolist()
+
+
+def _read(info: TensorInfo) -> bytes:
+    """The tensor's bytes; at most 128 MiB, as config.json's sizes are bounded and were compared with its shape."""
+    buffer = bytearray(info.nbytes)
+    shown = escape(info.path)
+    try:
+        fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as fault:
+        raise EnvironmentFault(
+            f"{shown}: cannot be opened ({fault.strerror})", hint="check its permissions"
+        ) from None
+    try:
+        pread_exactly(fd, memoryview(buffer), info.start, shown)
+    finally:
+        os.close(fd)
+    return bytes(buffer)
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+
+def _check_dflash(c: DrafterConfig, target: M2Config, found: Findings) -> tuple[int | None, int | None]:
+    """Block size and mask token of a DFlash drafter."""
+    if c.kind != "dflash":
+        return None, None
+    found.add("M27-R029", "drafter: SGLang 0.5.23 refuses DFlash for MiniMax-M2")
+    block = _setting(c, "block_size")
+    if block is None or not 2 <= block <= 1024:
+        found.add("M27-R004", f"drafter: block_size is {escape(block)}", expected="2 to 1024", found=block)
+    mask = _setting(c, "mask_token_id")
+    if mask is None or not 0 <= mask < target.vocab_size:
+        found.add(
+            "M27-R024", f"drafter: mask_token_id is {escape(mask)}, the target has {target.vocab_size:,} tokens",
+            expected=f"0 to {target.vocab_size - 1}", found=mask,
+        )  # fmt: skip
+    return block, mask
+
+
+def _setting(c: DrafterConfig, key: str) -> int | None:
+    """From dflash_config, else from the top; None where it is no integer."""
+    value = c.section().get(key, c.raw.get(key))
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _check_rope(c: DrafterConfig, found: Findings) -> None:
+    places = [c.raw, table(c.raw, "transformer_layer_config")]
+    places += [table(place, "rope_parameters") for place in places]
+    if not any(place.get("rope_theta") is not None for place in places):
+        found.add("M27-R030", "drafter: config.json states no rope_theta", expected="rope_theta")
