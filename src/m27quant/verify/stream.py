@@ -20,7 +20,7 @@ from m27quant.errors import EnvironmentFault, escape
 from m27quant.progress import Progress, ProgressCallback
 from m27quant.verify.view import View
 
-RUN_BYTES = 2**18
+RUN_BYTES = 2**20
 """At most in one read, a multiple of 16: no block of codes is cut."""
 MAX_GAP = 2**16
 REPORT_EVERY_S = 0.2
