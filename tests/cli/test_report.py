@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -140,7 +141,12 @@ def opened(page: Path, profile: Path) -> tuple[str, list[str]]:
     return process.stdout, [line for line in process.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome on PATH to open the page in")
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium or Chrome on PATH to open the page in"
+)
+
+
+@needs_browser
 def test_a_browser_opens_it_without_a_word(nvfp4: Path, tmp_path: Path, report: Call) -> None:
     target = tmp_path / "report.html"
     report(nvfp4, "-o", target)
@@ -152,3 +158,22 @@ def test_a_browser_opens_it_without_a_word(nvfp4: Path, tmp_path: Path, report: 
     dom, said = opened(target, tmp_path / "profile")
     assert said
     assert "<title>owned" not in dom
+
+
+@needs_browser
+def test_the_arrow_keys_read_the_map(nvfp4: Path, tmp_path: Path, report: Call) -> None:
+    """Two steps down and one to the right, by a script that the policy of this copy lets in."""
+    target = tmp_path / "report.html"
+    report(nvfp4, "-o", target)
+    keys = """<script>for (const key of ["ArrowDown", "ArrowDown", "ArrowRight"])
+    document.querySelector("svg.map").dispatchEvent(new KeyboardEvent("keydown", { key }));</script></body>"""
+    page = target.read_text().replace("</body>", keys)
+    target.write_text(re.sub("script-src 'sha256-[^']+'", "script-src 'unsafe-inline'", page))
+    dom, said = opened(target, tmp_path / "profile")
+    assert said == []
+    recorded = json.loads((nvfp4 / "quantization_report.json").read_text())["layers"][2]
+    worst = min(recorded["sqnr_db"][p][1] for p in ("w1", "w2", "w3"))
+    assert (
+        f"layer 2, expert 1 \u00b7 SQNR: {worst:.4g} \u00b7 Routed tokens: {recorded['routed_tokens'][1]}"
+        in dom
+    )

@@ -358,12 +358,11 @@ def _maps(measured: Measured, recorded: Recorded | None) -> list[Map]:
         maps.append(
             _map("Routed tokens", "By natural routing, on a logarithmic ramp.", _routed(recorded), log=True)
         )
+    note = "Colour: powers of two from the layer's median; 1 is twice as much, -1 half."
     for part in ("weight_scale_2", "input_scale"):
         for p, name in ((0, "w1"), (1, "w2")):
-            note = "Powers of two from the layer's median: 1 is twice as much, -1 half."
-            maps.append(
-                _map(f"{part} {name}", note, _from_median(getattr(measured, part)[..., p]), diverging=True)
-            )
+            table_LE = getattr(measured, part)[..., p]
+            maps.append(_map(f"{part} {name}", note, _from_median(table_LE), told=table_LE, diverging=True))
     return [m for m in maps if m is not None]
 
 
@@ -377,11 +376,21 @@ def _from_median(table_LE: Table) -> Table:
     return ratio_LE
 
 
-def _map(title: str, note: str, table_LE: Table, *, diverging: bool = False, log: bool = False) -> Map | None:
+def _map(
+    title: str,
+    note: str,
+    table_LE: Table,
+    *,
+    told: Table | None = None,
+    diverging: bool = False,
+    log: bool = False,
+) -> Map | None:
+    """`told` are the numbers that a pointer reads, where they are not those that are drawn."""
     if not table_LE.size or np.isnan(table_LE).all():
         return None
     drawing, ramp = plots.heat_map(table_LE, label=f"{title} of each expert", diverging=diverging, log=log)
-    return Map(title=title, note=note, drawing=drawing, ramp=ramp, values=table_LE)
+    values = table_LE if told is None else told
+    return Map(title=title, note=note, drawing=drawing, ramp=ramp, values=values)
 
 
 def _cells(maps: Sequence[Map]) -> str:

@@ -32,7 +32,9 @@
   if (!stored) return;
   const cells = JSON.parse(stored.textContent);
   const readout = document.getElementById("readout");
-  const format = (v) => v === null ? "none" : v.toLocaleString("en", { maximumSignificantDigits: 6 });
+  const format = (v) => v === null ? "none"
+    : v !== 0 && Math.abs(v) < 1e-3 ? v.toExponential(2)
+    : v.toLocaleString("en", { maximumSignificantDigits: 6 });
   for (const map of document.querySelectorAll("svg.map")) {
     const image = map.querySelector("image"), cursor = map.querySelector(".cursor");
     const layers = +map.dataset.layers, experts = +map.dataset.experts;
