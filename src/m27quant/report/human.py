@@ -67,10 +67,16 @@ def _value(value: object) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, Mapping):
-        return "; ".join(f"{key} {_value(item)}" for key, item in value.items())
+        shown = {key: item for key, item in value.items() if not _is_table(item)}
+        return "; ".join(f"{key} {_value(item)}" for key, item in shown.items())
     if isinstance(value, list | tuple):
         return ", ".join(_value(item) for item in value)
     return str(value)
+
+
+def _is_table(value: object) -> bool:
+    """Rows that only --json shows, such as a layer's figures."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
 def _columns(pairs: Iterable[tuple[str, str]], indent: str = "") -> list[str | tuple[str, str]]:
