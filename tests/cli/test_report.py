@@ -43,7 +43,7 @@ def test_our_checkpoint_has_its_page(nvfp4: Path, tmp_path: Path, report: Call) 
     target = tmp_path / "report.html"
     assert report(nvfp4, "-o", target) == (0, f"passed: 1 note; written to {target}\n", "")
     page = target.read_text(encoding="ascii")
-    for words in ("Fit to serve", "mean weight SQNR", "Routed tokens", "calibration.jsonl", "M27-F025"):
+    for words in ("Passed", "mean weight SQNR", "Routed tokens", "calibration.jsonl", "M27-F025"):
         assert words in page
     assert "contradict" not in page
     assert "is not what the tensors hold" not in page
@@ -91,7 +91,7 @@ def test_a_broken_checkpoint_shows_its_verdict(nvfp4: Path, tmp_path: Path, repo
     assert code == 0
     assert out.startswith("failed: ")
     page = (tmp_path / "report.html").read_text()
-    assert "Not fit to serve" in page
+    assert "Failed" in page
     assert lost in page
 
 

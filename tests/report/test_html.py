@@ -131,10 +131,10 @@ def test_a_page_of_full_size_is_light(record_property: Callable[[str, object], N
 
 
 def test_the_verdict_comes_first() -> None:
-    for given, word in ((MIXED, "Not fit to serve"), (CLEAN, "Fit to serve")):
+    for given, word in ((MIXED, "Failed"), (CLEAN, "Passed")):
         assert words(render(page_of(2, 4, given))).index(word) < 200
     warned = result(*(f for f in MIXED.findings if f.severity == "warning"))
-    assert "Fit, with warnings" in words(render(page_of(2, 4, warned)))
+    assert "Passed, with warnings" in words(render(page_of(2, 4, warned)))
 
 
 def test_findings_stand_with_their_next_step() -> None:
@@ -157,7 +157,7 @@ def test_without_a_report_the_tensors_speak() -> None:
 
 def test_without_anything_there_is_still_a_page() -> None:
     text = words(render(Page(result=MIXED, measured=blank(), unrecorded="There is none.")))
-    assert "Not fit to serve" in text
+    assert "Failed" in text
     assert "Expert by expert" not in text
 
 

@@ -149,12 +149,16 @@ def _verdict(result: VerifyResult) -> tuple[str, str, str]:
     if not result.ok:
         return (
             "error",
-            "Not fit to serve",
+            "Failed",
             "At least one engine would stop, or compute something else than this model.",
         )
     if "warning" in found:
-        return "warning", "Fit, with warnings", "No error was found; read the warnings before you serve it."
-    return "good", "Fit to serve", "No error and no warning was found."
+        return (
+            "warning",
+            "Passed, with warnings",
+            "No error was found; read the warnings before you serve it.",
+        )
+    return "good", "Passed", "No error and no warning was found."
 
 
 def _facts(page: Page, recorded: Recorded | None) -> list[tuple[str, str]]:

@@ -61,7 +61,7 @@ def number(value: float) -> str:
         return "none"
     if value and (abs(value) < 1e-3 or abs(value) >= 1e9):
         mantissa, _, exponent = f"{value:.2e}".partition("e")
-        return f"{mantissa}e{int(exponent)}"
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
