@@ -86,7 +86,7 @@ ATTENTION: dict[Engine, dict[int, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A known fault of an engine version: where it strikes, and the flag that avoids it."""
+    """A known fault of an engine version: where it strikes, and the flag that avoids it (empty: none is needed)."""
 
     code: str
     engine: Engine
@@ -122,7 +122,7 @@ KNOWN = (
     Known(
         "M27-V009", "sglang",
         'it warns of "no scaling factors provided" even where it has loaded them (sglang#31224)',
-        "none is needed", fp8_cache=True, kv_scales=True,
+        "", fp8_cache=True, kv_scales=True,
     ),
     Known(
         "M27-V010", "sglang",

@@ -279,10 +279,12 @@ def _check_known(engine: Engine, view: View, gpu: Gpu, tp: int, found: Findings)
     stored = any(name.endswith(".k_scale") for name in view.tensors)
     for known in KNOWN:
         if known.engine == engine and _strikes(known, gpu, tp, cache_is_fp8(view, engine), stored):
+            avoided = f"; what avoids it: {known.flag}" if known.flag else ""
             found.add(
-                known.code, f"{VERSIONS[engine]} on {gpu.name}: {known.message}; what avoids it: {known.flag}",
-                expected=known.flag,
-            )  # fmt: skip
+                known.code,
+                f"{VERSIONS[engine]} on {gpu.name}: {known.message}{avoided}",
+                expected=known.flag or None,
+            )
 
 
 def _strikes(known: Known, gpu: Gpu, tp: int, fp8_cache: bool, kv_scales: bool) -> bool:
