@@ -11,7 +11,7 @@ from m27quant.verify.checks import CHECKS
 from m27quant.verify.findings import Finding, Severity, VerifyResult
 from tests.faults.outputs import FAULTS, Fault
 
-ON_REQUEST = ("M27-V", "M27-R", "M27-W")
+ON_REQUEST = ("M27-V", "M27-R", "M27-W", "M27-L")
 """What --gpu, --drafter and --full ask for: test_serving.py, test_drafter.py, test_full.py."""
 OVERLAP = "M27-C004"
 """Made in a test of its own: a fault of its kind always breaks another tensor's place, too."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -342,7 +342,7 @@ def verify(
     _end(result, fail_on, exit_zero)
 
 
-def _check_logits(logits: bool, source: str | None, given: dict[str, object]) -> None:
+def _check_logits(logits: bool, source: str | None, given: Mapping[str, object]) -> None:
     if not logits and given:
         option = next(iter(given)).replace("_", "-")
         raise UsageError(f"--{option} is of --logits, which is not given")
@@ -350,7 +350,7 @@ def _check_logits(logits: bool, source: str | None, given: dict[str, object]) ->
         raise UsageError("--logits needs a model and a text", hint="add --source MODEL --text FILE")
 
 
-def _logits(given: dict[str, Any]) -> LogitsOptions:
+def _logits(given: Mapping[str, Any]) -> LogitsOptions:
     from m27quant.verify.logits import LogitsOptions
 
     return LogitsOptions(**given)
