@@ -758,7 +758,7 @@ _check(
 )  # fmt: skip
 _check(
     "M27-L005", ERROR, "expert is not the source's",
-    "On the source's own tokens for this expert its output has an SQNR below 10 dB; sound ones of tiny-m27 have 14 to "
+    "On the source's own tokens for this expert its output has an SQNR below 10 dB; sound ones of tiny-m27 have 12 to "
     "18. A halved scale leaves 6 or less.",
     _ALONE, _engines("used as it is", "used as it is", "used as it is"),
 )  # fmt: skip
