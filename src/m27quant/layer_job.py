@@ -277,6 +277,8 @@ class _Reporter:
         elapsed = max(time.monotonic() - self._started, 1e-6)
         layers = self._job.source.config.num_hidden_layers
         on_gpu = self._job.device.type == "cuda"
+        resident = rss_bytes()
+        self._job.memory.trim(resident)
         self._job.progress(
             Progress(
                 stage=stage,
@@ -285,7 +287,7 @@ class _Reporter:
                 num_layers=layers,
                 tokens_per_s=tokens / elapsed,
                 bytes_per_s=source_bytes / elapsed if source_bytes else None,
-                rss_bytes=rss_bytes(),
+                rss_bytes=resident,
                 device_bytes=torch.cuda.max_memory_allocated(self._job.device) if on_gpu else None,
             )
         )

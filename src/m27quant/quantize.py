@@ -21,7 +21,7 @@ import torch
 
 from m27quant.calib.activations import plan_chunks
 from m27quant.calib.layerwise import Dropped
-from m27quant.calib.memory import plan_memory, rss_bytes
+from m27quant.calib.memory import limit_caches, plan_memory, rss_bytes
 from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.workspace import REPORT, Workspace, check_same
 from m27quant.errors import CheckpointError, EnvironmentFault, escape
@@ -112,6 +112,7 @@ def _run(
     stop: Callable[[], None],
     run_log: RunLog,
 ) -> dict[str, Any]:
+    limit_caches()
     job = _job(prepared, workspace, progress, stop)
     run_log.write(
         "begin",

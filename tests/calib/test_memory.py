@@ -62,6 +62,7 @@ def test_a_plan_stays_within_its_budget(budget: int, num_tokens: int, longest: i
     assert 1 <= found.expert_group <= MAX_GROUP
     assert 1 <= found.chunk_tokens <= CHUNK_TOKENS["cpu"]
     assert found.device_peak_bytes == 0
+    assert BASE < found.trim_above < found.peak_bytes
 
 
 def test_more_memory_keeps_more_in_memory() -> None:

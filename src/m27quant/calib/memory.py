@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens per chunk: part of the computation's identity, as a product's last bit may depend on it."""
 MAX_GROUP = 16
 """More experts at once than this save nothing: the chunk's norm is recomputed once per group."""
-LATE_CODE = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Code loaded during the work: matrix products, on a GPU also Triton's compiler."""
+LATE_CODE = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+"""Code loaded or made during the work: matrix products (see `limit_caches`), on a GPU Triton's compiler."""
 PER_THREAD = 4 * 2**20
 """A thread's stack, its heap and its scratch for attention and products."""
 HEAP_RETENTION = 256 * 2**20
-"""Most that the C library was seen to keep of freed transients: blocks above 32 MiB it gives back at once."""
+"""What the C library may keep of freed transients before it is told to give them back."""
 PLAIN_PACKING = 128 * 2**20
 """What packing in plain torch takes for one strip of a matrix, where there is no compiled core."""
 CONTROL_GROUP_LIMITS = (
@@ -47,6 +48,23 @@ class MemoryPlan:
     """Estimated peak resident memory of the process."""
     device_peak_bytes: int
     """Estimated peak memory on the accelerator; 0 on a CPU."""
+    trim_above: int
+    """Resident memory, between two experts or chunks, above which freed memory must go back to the system."""
+
+    def trim(self, resident: int) -> None:
+        """Give freed memory back where more than planned is resident.
+
+        Blocks of many sizes, small ones that stay among them, let the heap grow with time though no more is in
+        use.  Asking the system for each large block instead would cost a fifth of all time in page faults.
+        """
+        if resident > self.trim_above:
+            _malloc_trim()
+
+
+def _malloc_trim() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def rss_bytes() -> int:
@@ -71,6 +89,16 @@ def control_group_limits() -> list[int]:
         if text.isdigit():  # "max" is no limit; nor is version 1's enormous number, which any minimum ignores
             limits.append(int(text))
     return limits
+
+
+def limit_caches() -> None:
+    """Keep oneDNN and torch from caching a program for each height that a matrix ever had; call before products.
+
+    Experts get another number of tokens in every chunk: at the default of 1024 programs of 0.6 MB, made in less
+    than a millisecond each, that is what the activations of a whole chunk take.
+    """
+    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(variable, "128")
 
 
 def plan_memory(
@@ -115,7 +143,9 @@ def plan_memory(
     layer = [_layer_bytes(config, tokens, group, device) for group in range(1, most + 1)]
     group = max([g for g, needed in enumerate(layer, start=1) if fixed + needed <= room], default=1)
     used = fixed + layer[group - 1]
-    return MemoryPlan(chunk, in_memory, group, *((host, used) if on_gpu else (used, 0)))
+    peak = host if on_gpu else used
+    passing = 3 * tokens * config.hidden_size * 2 if on_gpu else tokens * _transient_bytes_per_token(config)
+    return MemoryPlan(chunk, in_memory, group, peak, used if on_gpu else 0, peak - passing)
 
 
 def _layer_bytes(c: M2Config, tokens: int, group: int, device: torch.device) -> int:
@@ -131,8 +161,13 @@ def _layer_bytes(c: M2Config, tokens: int, group: int, device: torch.device) -> 
     plain = choose("nvfp4_pack", device).backend == "reference"
     packing = stored + 2 * expert + (PLAIN_PACKING if plain else 0)
     experts = group * 2 * expert + stored + max(packing, tokens * _expert_bytes_per_token(c))
-    transients = tokens * max(_attention_bytes_per_token(c), _expert_bytes_per_token(c))
-    return max(attention_weights + attention, experts) + min(HEAP_RETENTION, 3 * transients) + PIECE_BYTES
+    retention = min(HEAP_RETENTION, 3 * tokens * _transient_bytes_per_token(c))
+    return max(attention_weights + attention, experts) + retention + PIECE_BYTES
+
+
+def _transient_bytes_per_token(c: M2Config) -> int:
+    """What comes and goes within one chunk of the attention, or one expert."""
+    return max(_attention_bytes_per_token(c), _expert_bytes_per_token(c))
 
 
 def _attention_bytes_per_token(c: M2Config) -> int:
