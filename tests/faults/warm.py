@@ -13,17 +13,23 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
+import pyarrow.parquet  # noqa: F401 - loaded late by the program, maybe from where only root may enter
 import torch
 
+import m27quant.checkpoint.card
 import m27quant.cli.app
 import m27quant.layer_job
 import m27quant.quantize
+import m27quant.recipes.loader
 
 
 def set_attribute(path: str, value: Any) -> None:
@@ -136,8 +142,23 @@ def child(request: dict[str, Any]) -> NoReturn:
         os._exit(code)
 
 
+def open_to_all(folder: Path) -> None:
+    """Let the program read its own data in `folder`: it may lie where only root may enter."""
+    folder.chmod(0o755)
+    for module, name in ((m27quant.recipes.loader, "_FOLDER"), (m27quant.checkpoint.card, "TEMPLATES")):
+        copy = shutil.copytree(getattr(module, name), folder / name, ignore=shutil.ignore_patterns("*.py*"))
+        setattr(module, name, Path(copy))
+
+
 def serve() -> None:
     """Answer requests until nobody asks."""
+    with tempfile.TemporaryDirectory() as folder:
+        open_to_all(Path(folder))
+        answer_requests()
+
+
+def answer_requests() -> None:
+    """One line in, one line out."""
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
