@@ -13,6 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -251,5 +252,9 @@ def _already_complete(workspace: Workspace, fingerprint: Mapping[str, Any], star
 
 def peak_rss_bytes() -> int:
     """Largest resident memory that this process has had."""
+    with suppress(OSError):  # Linux; ru_maxrss would begin with the size of whoever started this process
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak) if sys.platform == "darwin" else int(peak) * 1024
