@@ -126,6 +126,8 @@ def extrapolate(size: Size, results: dict[str, Any]) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """All parts that were asked for."""
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     size = TINY if args.tiny else Size()
     results: dict[str, Any] = {
         "schema_version": 1,
