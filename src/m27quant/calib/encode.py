@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m27quant.calib.tokenize import Tokenize
+from m27quant.checkpoint.tokenizer import Tokenizer
 from m27quant.errors import CheckpointError, escape
 from m27quant.recipes.schema import Dataset
 
@@ -21,12 +21,12 @@ class Encoder:
     def __init__(self, folder: Path, seq_len: int, vocab_size: int, max_length: int) -> None:
         self.seq_len = seq_len
         self._folder, self._vocab_size, self._max_length = folder, vocab_size, max_length
-        self._tokenize: Tokenize | None = None
+        self._tokenize: Tokenizer | None = None
 
     @property
-    def tokenize(self) -> Tokenize:
+    def tokenize(self) -> Tokenizer:
         if self._tokenize is None:
-            self._tokenize = Tokenize(self._folder)
+            self._tokenize = Tokenizer(self._folder)
         return self._tokenize
 
     def row(self, row: dict[str, Any], dataset: Dataset, where: str) -> list[int]:

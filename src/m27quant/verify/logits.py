@@ -18,13 +18,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from m27quant.calib.tokenize import Tokenize
 from m27quant.checkpoint import names
 from m27quant.checkpoint.hub import Location
 from m27quant.checkpoint.layout import check_layout
 from m27quant.checkpoint.quantized import QuantizedSource, same_model
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.strict_json import read_bytes
+from m27quant.checkpoint.tokenizer import Tokenizer
 from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.runtime.device import pick_device
@@ -151,7 +151,7 @@ def read_windows(options: LogitsOptions, source: Source) -> Windows:
         text = read_bytes(options.text, MAX_TEXT_BYTES).decode("utf-8")
     except UnicodeDecodeError as fault:
         raise CheckpointError(f"{escape(options.text)}: not UTF-8 at byte {fault.start}") from None
-    ids = torch.tensor(Tokenize(source.folder).text(text), dtype=torch.int64)
+    ids = torch.tensor(Tokenizer(source.folder).text(text), dtype=torch.int64)
     count = min(options.num_samples * options.seq_len, len(ids))
     if count < 2:
         raise UsageError(f"{escape(options.text)}: fewer than two tokens", hint="name a longer text")

@@ -1,7 +1,8 @@
-"""The source's own tokenizer and chat template: read as data, nothing of the checkpoint's code is run."""
+"""A checkpoint's own tokenizer and chat template: read as data, nothing of the checkpoint's code is run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from m27quant.checkpoint.strict_json import read_object
 from m27quant.errors import CheckpointError, UsageError, escape
 
 
-class Tokenize:
-    """Text or chat rows to token ids, with tokenizer.json of a checkpoint folder as it stands.
+class Tokenizer:
+    """Text or conversations to token ids and back, with tokenizer.json of a checkpoint folder as it stands.
 
     transformers' tokenizer classes are kept out: version 5 replaces the pre-tokenizer of M2's class.
     """
@@ -21,7 +22,7 @@ class Tokenize:
         Raises:
             CheckpointError: missing or damaged.
         """
-        from tokenizers import Tokenizer
+        import tokenizers
 
         path = folder / "tokenizer.json"
         if not path.is_file():
@@ -30,7 +31,7 @@ class Tokenize:
                 hint="fetch it, or pass --dataset rows that hold `input_ids`",
             )
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as fault:  # noqa: BLE001 - the library raises bare Exception
             raise CheckpointError(f"{escape(path)}: not a tokenizer ({escape(fault)})") from None
         self._tokenizer.no_padding()  # a tokenizer.json may ask for both
@@ -46,21 +47,61 @@ class Tokenize:
         """
         return self._encode(text, special=True)[:limit]
 
-    def chat(self, messages: list[dict[str, Any]], tools: Any, limit: int | None = None) -> list[int]:
+    def chat(self, messages: list[dict[str, Any]], tools: Any = None, limit: int | None = None) -> list[int]:
         """Token ids of a conversation in the checkpoint's chat template.
 
         Raises:
-            CheckpointError: the template refuses the conversation, or text that UTF-8 cannot hold.
+            CheckpointError: as `render`, or text that UTF-8 cannot hold.
+            UsageError: as `render`.
+        """
+        return self.rendered(self.render(messages, tools))[:limit]
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Any = None,
+        *,
+        add_generation_prompt: bool = False,
+        **template_arguments: Any,
+    ) -> str:
+        """The text of a conversation; `template_arguments` are variables that the template may look at.
+
+        Raises:
+            CheckpointError: the template refuses the conversation.
             UsageError: the checkpoint has no template.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         template = self._chat_template()
         try:
-            rendered: Any = render_jinja_template([messages], tools=tools, chat_template=template)[0]
+            rendered: Any = render_jinja_template(
+                [messages],
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                **template_arguments,
+            )[0]
         except Exception as fault:  # noqa: BLE001 - a template may raise whatever it likes
-            raise CheckpointError(f"the chat template refuses the row: {escape(fault)}") from None
-        return self._encode(rendered[0], special=False)[:limit]
+            raise CheckpointError(f"the chat template refuses the messages: {escape(fault)}") from None
+        return str(rendered[0])
+
+    def rendered(self, text: str) -> list[int]:
+        """Token ids of text in which a template has already put every special token.
+
+        Raises:
+            CheckpointError: text that UTF-8 cannot hold.
+        """
+        return self._encode(text, special=False)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; bytes that are no whole character become U+FFFD, ids without a token nothing."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token by its text; None where the vocabulary has none."""
+        index: int | None = self._tokenizer.token_to_id(token)
+        return index
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         try:
@@ -80,7 +121,7 @@ class Tokenize:
                 self._template = read_object(config).get("chat_template")
             if not isinstance(self._template, str):
                 raise UsageError(
-                    f"{escape(self._folder)}: no chat template, but the data has chat rows",
-                    hint="add chat_template.jinja, or use rows with `text` or `input_ids`",
+                    f"{escape(self._folder)}: no chat template, so messages cannot become a prompt",
+                    hint="add chat_template.jinja, or give plain text",
                 )
         return self._template
