@@ -38,6 +38,8 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._folder = folder
         self._template: str | None = None
+        self._bytes: dict[int, bytes] | None = None
+        self._special: frozenset[int] = frozenset()
 
     def text(self, text: str, limit: int | None = None) -> list[int]:
         """Token ids of `text`, at most `limit`, with the special tokens that the tokenizer adds by itself.
@@ -98,6 +100,35 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def token_bytes(self, index: int, *, skip_special_tokens: bool = True) -> bytes:
+        """What one token adds to the text's UTF-8; a character may be spread over several tokens.
+
+        Joined and decoded with replacement these are the text that `decode` gives.
+
+        Raises:
+            CheckpointError: a tokenizer that is not byte-level, as M2's is.
+        """
+        if self._bytes is None:
+            self._bytes = self._byte_level()
+        return b"" if skip_special_tokens and index in self._special else self._bytes.get(index, b"")
+
+    def _byte_level(self) -> dict[int, bytes]:
+        from tokenizers import decoders
+
+        if not isinstance(self._tokenizer.decoder, decoders.ByteLevel):
+            raise CheckpointError(
+                f"{escape(self._folder)}: tokenizer.json has no byte-level decoder, as MiniMax-M2's has",
+                hint="fetch the official tokenizer.json",
+            )
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(index for index, token in added.items() if token.special)
+        byte_of = _byte_of_character()
+        result = {}
+        for text, index in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            known = all(c in byte_of for c in text)
+            result[index] = bytes(byte_of[c] for c in text) if known else text.encode()
+        return result
+
     def token_id(self, token: str) -> int | None:
         """The id of one token by its text; None where the vocabulary has none."""
         index: int | None = self._tokenizer.token_to_id(token)
@@ -125,3 +156,10 @@ class Tokenizer:
                     hint="add chat_template.jinja, or give plain text",
                 )
         return self._template
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Byte-level BPE writes a byte as a printable character: those of Latin-1 as they are, others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
