@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from m27quant.kernels.nvfp4_pack.reference import GROUP
 from m27quant.kernels.nvfp4_quantize import reference
+
+Layout = Literal["plain", "swizzled"]
+"""How block scales lie: row-major, or in the 128x4 tiles of cuBLAS and CUTLASS."""
 
 
 class QuantizedNVFP4(NamedTuple):
@@ -17,19 +20,24 @@ class QuantizedNVFP4(NamedTuple):
     codes: Tensor
     """U8 [T, K/2], the even element in the low half."""
     block_scale: Tensor
-    """float8_e4m3fn [T, K/16]."""
+    """float8_e4m3fn [T, K/16]; swizzled [ceil(T/128), ceil(K/64), 32, 4, 4], zero where it is padded."""
 
 
-def quantize(x_TK: Tensor, input_scale: Tensor) -> QuantizedNVFP4:
+def quantize(x_TK: Tensor, input_scale: Tensor, *, layout: Layout = "plain") -> QuantizedNVFP4:
     """Encode activations [T, K] (F32, BF16 or F16; K a multiple of 16) under `input_scale` F32 [].
 
     Every step is correctly rounded, so any backend can give the same bytes; the formula is `reference`'s.
 
     Raises:
-        ValueError: shapes, dtypes, or a scale without a finite positive reciprocal.
+        ValueError: shapes, dtypes, a layout that does not exist, or a scale without a finite positive reciprocal.
     """
     _check(x_TK, input_scale)
-    return QuantizedNVFP4(*reference.quantize(x_TK, input_scale))
+    if layout not in ("plain", "swizzled"):
+        raise ValueError(f"layout must be 'plain' or 'swizzled', not {layout!r}")
+    codes, block_scale = reference.quantize(x_TK, input_scale)
+    if layout == "swizzled":
+        block_scale = reference.swizzle(block_scale)
+    return QuantizedNVFP4(codes, block_scale)
 
 
 def fake_quantize(x_TK: Tensor, input_scale: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ Shapes: T tokens, K features, G = K/16 groups.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m27quant.kernels.nvfp4_pack.reference import E2M1_MAX, E4M3_MAX, e2m1_codes, groups, unpack
@@ -36,6 +37,19 @@ def quantize(x_TK: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
     magnitude_TK = e2m1_codes((x_TG16 * factor_TG[..., None]).abs()).flatten(1)
     codes_TK = magnitude_TK | (x_TK.signbit().to(torch.uint8) << 3)
     return codes_TK[:, 0::2] | (codes_TK[:, 1::2] << 4), scale8_TG
+
+
+def swizzle(scale_TG: Tensor) -> Tensor:
+    """Block scales [T, G] as [ceil(T/128), ceil(G/4), 32, 4, 4], the 128x4 tiles that cuBLAS reads; padded with 0.
+
+    Row t, group g lies at [t // 128, g // 4, t % 32, t // 32 % 4, g % 4]: "1D block scaling factors layout" in the
+    documentation of cuBLAS.
+    """
+    T, G = scale_TG.shape
+    rows, columns = -(-T // 128), -(-G // 4)
+    padded = F.pad(scale_TG.view(torch.uint8), (0, columns * 4 - G, 0, rows * 128 - T))
+    tiles = padded.view(rows, 4, 32, columns, 4).permute(0, 3, 2, 1, 4)
+    return tiles.contiguous().view(scale_TG.dtype)
 
 
 def fake_quantize(x_TK: Tensor, input_scale: Tensor) -> Tensor:
