@@ -1,0 +1,13 @@
+"""Root-mean-square norm in plain torch: the specification."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """See the package.  1 / sqrt, both correctly rounded: `torch.rsqrt` is an approximation on CUDA."""
+    mean = x.double().square().mean(-1, keepdim=True).float()
+    normed = (x.float() * (1.0 / torch.sqrt(mean + eps))).to(x.dtype)
+    return (weight_D.float() * normed.float()).to(x.dtype)

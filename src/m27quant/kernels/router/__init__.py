@@ -1,0 +1,59 @@
+"""MiniMax-M2's router: sigmoid scores in F32, a selection bias, the k best experts of every token.
+
+Shapes: T tokens, D hidden, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m27quant.kernels.linear import linear
+from m27quant.kernels.router import reference
+
+__all__ = ["route", "select"]
+
+
+def route(
+    h_TD: Tensor, gate_ED: Tensor, bias_E: Tensor, k: int, *, invariant: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The experts of every token and their weights.
+
+    Args:
+        h_TD: BF16 or F32; multiplied in F32.
+        gate_ED: F32.
+        bias_E: F32; it helps to choose, it does not weigh.
+        k: experts per token, 1 to E.
+        invariant: as for `linear`.
+
+    Returns:
+        experts I64 [T, K], by descending score + bias, equal ones by ascending index (a NaN counts as largest),
+        and weights F32 [T, K]: the chosen scores over their sum, added in slot order.
+
+    Raises:
+        ValueError: dtypes, shapes or devices that do not fit.
+    """
+    if gate_ED.dtype != torch.float32:
+        raise ValueError(
+            f"the router's gate is {gate_ED.dtype}: it must be float32, as the checkpoint has it"
+        )
+    logits_TE = linear(h_TD.float(), gate_ED, invariant=invariant)
+    return select(logits_TE, bias_E, k)
+
+
+def select(logits_TE: Tensor, bias_E: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`route` from the gate's logits F32 [T, E] on; every row by itself.
+
+    Raises:
+        ValueError: dtypes, shapes or devices that do not fit.
+    """
+    if logits_TE.dim() != 2 or bias_E.shape != logits_TE.shape[1:] or bias_E.device != logits_TE.device:
+        raise ValueError(
+            f"router logits {list(logits_TE.shape)} on {logits_TE.device} need a selection bias "
+            f"[{logits_TE.shape[-1]}] there; it is {list(bias_E.shape)} on {bias_E.device}"
+        )
+    if logits_TE.dtype != torch.float32 or bias_E.dtype != torch.float32:
+        raise ValueError(f"router logits and bias must be float32, are {logits_TE.dtype} and {bias_E.dtype}")
+    if not 1 <= k <= logits_TE.shape[1]:
+        raise ValueError(f"cannot choose {k} of {logits_TE.shape[1]} experts")
+    return reference.select(logits_TE, bias_E, k)
