@@ -30,8 +30,8 @@ def check_packed(packed: PackedNVFP4, shape: tuple[int, int] | None = None, name
     N, K = codes_NK2.shape[0], codes_NK2.shape[1] * 2
     if K % GROUP:
         raise CheckpointError(f"{name} has {K} columns, not a multiple of {GROUP}")
-    if shape not in (None, (N, K)):
-        raise CheckpointError(f"{name} has shape {[N, K]}, must be {list(shape or ())}")
+    if shape is not None and shape != (N, K):
+        raise CheckpointError(f"{name} has shape {[N, K]}, must be {list(shape)}")
     if scale_NG.dtype != torch.float8_e4m3fn or scale_NG.shape != (N, K // GROUP):
         raise CheckpointError(
             f"{name}: block scales must be float8_e4m3fn {[N, K // GROUP]}, are {_words(scale_NG)}"

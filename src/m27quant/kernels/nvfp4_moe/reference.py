@@ -64,7 +64,7 @@ def moe(
     T, K = experts_TK.shape
     out_TKD = torch.zeros(T, K, x_TD.shape[1], device=x_TD.device)
     local_TK = experts_TK - first
-    for index in local_TK.unique().tolist():
+    for index in sorted(set(local_TK.flatten().tolist())):
         if 0 <= index < tensors[0].shape[0]:
             token_N, slot_N = (local_TK == index).nonzero(as_tuple=True)
             one = tuple(tensor[index] for tensor in tensors)
