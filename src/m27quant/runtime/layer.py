@@ -18,12 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from m27quant.checkpoint.config import M2Config
+from m27quant.kernels import router
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q [T,H,C], k [T,J,C], v [T,J,C]) -> [T,H,C]: the attention core, k after norm and rotation, v as projected.
 
 Whoever calls the layer decides what sequences the T tokens form, where keys and values are kept, who observes them.
 """
+
+Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(x [T, K], w [N, K]) -> x w^T [T, N]: how products are computed; `F.linear` unless another one is given."""
 
 Expert = Callable[[torch.Tensor], torch.Tensor]
 """h [N, D] -> [N, D]: one expert, not yet weighted, whatever its weights are stored as."""
@@ -94,16 +98,17 @@ def attention_block(
     config: M2Config,
     rotary: tuple[torch.Tensor, torch.Tensor],
     attend: Attend,
+    linear: Linear = F.linear,
 ) -> torch.Tensor:
     """x + attention(norm(x)), [T, D]."""
     h = rms_norm(x_TD, w.input_layernorm, config.rms_norm_eps)
     # the norms run over all heads together, not per head
-    q = rms_norm(F.linear(h, w.q_proj), w.q_norm, config.rms_norm_eps)
-    k = rms_norm(F.linear(h, w.k_proj), w.k_norm, config.rms_norm_eps)
-    v = F.linear(h, w.v_proj)
+    q = rms_norm(linear(h, w.q_proj), w.q_norm, config.rms_norm_eps)
+    k = rms_norm(linear(h, w.k_proj), w.k_norm, config.rms_norm_eps)
+    v = linear(h, w.v_proj)
     q_THC, k_TJC, v_TJC = (t.view(len(t), -1, config.head_dim) for t in (q, k, v))
     out = attend(rotate(q_THC, *rotary), rotate(k_TJC, *rotary), v_TJC)
-    return x_TD + F.linear(out.reshape(len(out), -1), w.o_proj)
+    return x_TD + linear(out.reshape(len(out), -1), w.o_proj)
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -119,18 +124,19 @@ def moe_input(x_TD: torch.Tensor, w: RouterWeights, config: M2Config) -> torch.T
     return rms_norm(x_TD, w.post_attention_layernorm, config.rms_norm_eps)
 
 
-def route(h_TD: torch.Tensor, w: RouterWeights, num_experts_per_tok: int) -> Routing:
+def route(
+    h_TD: torch.Tensor, w: RouterWeights, num_experts_per_tok: int, *, invariant: bool = False
+) -> Routing:
     """Sigmoid scores in F32; the bias helps to choose, it does not weigh; chosen scores are normalised to sum 1."""
-    scores_TE = torch.sigmoid(F.linear(h_TD.float(), w.gate.float()))
-    chosen = scores_TE + w.e_score_correction_bias.float()
-    experts_TK = torch.topk(chosen, num_experts_per_tok, dim=-1, sorted=False).indices
-    weights_TK = scores_TE.gather(1, experts_TK)
-    return Routing(experts_TK, weights_TK / weights_TK.sum(dim=-1, keepdim=True))
+    gate, bias = w.gate.float(), w.e_score_correction_bias.float()
+    return Routing(*router.route(h_TD, gate, bias, num_experts_per_tok, invariant=invariant))
 
 
-def gated_activation(h_TD: torch.Tensor, w1_ID: torch.Tensor, w3_ID: torch.Tensor) -> torch.Tensor:
+def gated_activation(
+    h_TD: torch.Tensor, w1_ID: torch.Tensor, w3_ID: torch.Tensor, linear: Linear = F.linear
+) -> torch.Tensor:
     """silu(h w1^T) * (h w3^T), [T, I]: what an expert's w2 sees."""
-    return F.silu(F.linear(h_TD, w1_ID)) * F.linear(h_TD, w3_ID)
+    return F.silu(linear(h_TD, w1_ID)) * linear(h_TD, w3_ID)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +175,15 @@ def assignments(routing: Routing, num_experts: int) -> Assignments:
     return Assignments(rows, routing.weights.reshape(-1)[order], [0, *accumulate(counts)])
 
 
-def add_expert(y_TD: torch.Tensor, act_NI: torch.Tensor, w2_DI: torch.Tensor, to: Assignment) -> None:
+def add_expert(
+    y_TD: torch.Tensor,
+    act_NI: torch.Tensor,
+    w2_DI: torch.Tensor,
+    to: Assignment,
+    linear: Linear = F.linear,
+) -> None:
     """Add one expert's weighted output for its N tokens to y, in y's dtype."""
-    add_output(y_TD, F.linear(act_NI, w2_DI), to)
+    add_output(y_TD, linear(act_NI, w2_DI), to)
 
 
 def add_output(y_TD: torch.Tensor, out_ND: torch.Tensor, to: Assignment) -> None:
