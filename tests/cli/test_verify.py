@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 
 from m27quant.cli.app import main
-from m27quant.cli.verify import FORMATS
+from m27quant.cli.verify_options import FORMATS
 from tests.cli.conftest import Run
 from tests.report.results import HOSTILE
 

@@ -10,7 +10,7 @@ import pytest
 from m27quant import verify_checkpoint
 from m27quant.checkpoint.config import M2Config, parse_config
 from m27quant.checkpoint.header import TensorInfo
-from m27quant.cli import verify as cli
+from m27quant.cli import verify_options as cli
 from m27quant.errors import UsageError
 from m27quant.verify.checks import CHECKS
 from m27quant.verify.collect import Findings

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from m27quant.errors import M27Error
 from m27quant.verify.baseline import fingerprints
 
 if TYPE_CHECKING:
@@ -35,10 +36,18 @@ def document(result: VerifyResult, *, accepted: int = 0) -> dict[str, Any]:
         "facts": result.facts,
         "checks_run": result.checks_run,
         "accepted": accepted,
+        "error": _fault(result.fault),
         "findings": [_finding(f, mark) for f, mark in zip(result.findings, marks, strict=True)],
     }
     plain: dict[str, Any] = _plain(content)
     return plain
+
+
+def _fault(fault: M27Error | None) -> dict[str, Any] | None:
+    """Why the verification came to no end, as commands say it on stderr."""
+    if fault is None:
+        return None
+    return {"message": fault.message, "hint": fault.hint, "exit_code": fault.exit_code}
 
 
 def _finding(finding: Finding, mark: str) -> dict[str, Any]:

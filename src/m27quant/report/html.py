@@ -47,6 +47,8 @@ class Page:
     unrecorded: str | None = None
     """Why there is no report of the quantization to be shown."""
     licence: Mapping[str, str] = field(default_factory=dict)
+    accepted: int = 0
+    """Findings that are left out, as a baseline accepts them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,7 @@ def render(page: Page) -> str:
         result=page.result,
         name=Path(page.result.checkpoint).name or page.result.checkpoint,
         verdict=_verdict(page.result),
-        counts=summary(page.result),
+        counts=summary(page.result) + (f", {page.accepted:,} accepted" if page.accepted else ""),
         facts=_facts(page, recorded),
         made=_made(recorded),
         recorded=recorded,

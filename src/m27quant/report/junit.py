@@ -19,8 +19,11 @@ def render(result: VerifyResult, *, fail_on: str = "error") -> str:
     for finding in result.findings:
         by_code.setdefault(finding.check.code, []).append(finding)
     failing = {"error"} if fail_on == "error" else {"error", "warning"}
-    failures = sum(any(f.severity in failing for f in found) for found in by_code.values())
-    counts = {"tests": str(len(by_code)), "failures": str(failures), "errors": "0", "skipped": "0"}
+    failures = 0
+    errors = "1"
+    if result.fault is None:
+        failures, errors = sum(any(f.severity in failing for f in found) for found in by_code.values()), "0"
+    counts = {"tests": str(len(by_code)), "failures": str(failures), "errors": errors, "skipped": "0"}
     root = ET.Element("testsuites", {"name": "m27quant verify", **counts})
     suite = ET.SubElement(root, "testsuite", {"name": line(result.checkpoint), **counts})
     for code, found in by_code.items():
@@ -44,6 +47,8 @@ def _case(
     text = "\n\n".join(paragraph(f) for f in found)
     if any(f.severity in failing for f in found):
         attributes = {"message": line(found[0].message), "type": found[0].severity.value}
-        ET.SubElement(case, "failure", attributes).text = text
+        # an error is a test that could not be done, a failure one that was
+        kind = "failure" if result.fault is None else "error"
+        ET.SubElement(case, kind, attributes).text = text
     else:
         ET.SubElement(case, "system-out").text = text

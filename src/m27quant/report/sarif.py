@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import m27quant
+from m27quant.errors import M27Error
 from m27quant.report.text import engines, line, location, paragraph
 from m27quant.verify.baseline import fingerprints
 
@@ -35,7 +36,7 @@ def render(result: VerifyResult) -> str:
     run = {
         "tool": {"driver": driver},
         "automationDetails": {"id": f"m27quant/verify/{line(result.level)}/"},
-        "invocations": [_invocation(len(result.findings) - len(shown))],
+        "invocations": [_invocation(len(result.findings) - len(shown), result.fault)],
         "columnKind": "unicodeCodePoints",
         "results": [
             _result(result, f, index[f.check.code], mark) for f, mark in zip(shown, marks, strict=True)
@@ -56,9 +57,14 @@ def _rule(check: Check) -> dict[str, Any]:
     }
 
 
-def _invocation(left_out: int) -> dict[str, Any]:
-    """`executionSuccessful` is about the tool: findings are no failure of it."""
-    invocation: dict[str, Any] = {"executionSuccessful": True}
+def _invocation(left_out: int, fault: M27Error | None) -> dict[str, Any]:
+    """`executionSuccessful` is about the tool: findings are no failure of it, an unreadable checkpoint is."""
+    invocation: dict[str, Any] = {"executionSuccessful": fault is None}
+    if fault is not None:
+        invocation["exitCode"] = fault.exit_code
+        invocation["toolExecutionNotifications"] = [
+            {"level": "error", "message": {"text": line(fault.message).replace("](", "] (")}}
+        ]
     if left_out:
         text = f"{left_out:,} more findings are left out: a run shows {MAX_RESULTS:,}"
         invocation["toolExecutionNotifications"] = [{"level": "warning", "message": {"text": text}}]

@@ -163,6 +163,14 @@ _check(
     "M27-C022", ERROR, "not a regular file", "A directory, fifo, device or broken link in the place of a file.",
     "Put the file itself there.", _engines("error or hang on load", "as vLLM", "as vLLM"),
 )  # fmt: skip
+_check(
+    "M27-C023", ERROR, "checkpoint could not be verified",
+    "The run ended before the checks could say anything: no such folder, no weights in it, a file that may not be "
+    "read, a source that is none. Nothing is known about the checkpoint. Report files (`--output-file`) carry this "
+    "code; the exit code is that of the fault: 3 where the input is unreadable, 4 where the machine is to blame.",
+    "Mend what the message names and run again.",
+    {"transformers": "OSError where there are no weights", "vllm": "fails to start", "sglang": "as vLLM"},
+)  # fmt: skip
 
 # -- inventory -------------------------------------------------------------------------------------
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from m27quant.errors import M27Error
+
 
 class Severity(StrEnum):
     """How bad a finding is; errors make the checkpoint unfit for an engine that it concerns."""
@@ -70,6 +72,8 @@ class VerifyResult:
     """What the checkpoint is: layers, experts, formats, sizes."""
     checks_run: tuple[str, ...] = ()
     """Codes of all checks that were applied."""
+    fault: M27Error | None = None
+    """What ended the verification before it could say anything; the one finding tells it."""
 
     def count(self, severity: Severity) -> int:
         """How many findings have this severity."""

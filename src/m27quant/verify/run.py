@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from m27quant.checkpoint.hub import Location
 from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.progress import ProgressCallback
 from m27quant.progress import ignore as nobody
@@ -20,6 +21,7 @@ from m27quant.verify.engines import ENGINES, Engine, check_engines
 from m27quant.verify.findings import Finding, Severity, VerifyResult
 from m27quant.verify.findings import select as keep
 from m27quant.verify.inventory import check_inventory
+from m27quant.verify.locate import find_checkpoint
 from m27quant.verify.serving import Serving, check_serving, tensor_parallel_sizes
 from m27quant.verify.types import check_types
 from m27quant.verify.view import View
@@ -36,7 +38,7 @@ OF_SERVING, OF_DRAFTER, OF_LOGITS = "M27-V", "M27-R", "M27-L"
 
 
 def verify_checkpoint(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | Location,
     *,
     level: Level = "default",
     engine: Engine | None = None,
@@ -51,7 +53,7 @@ def verify_checkpoint(
     """Check a folder that should hold MiniMax-M2.x in experts-only NVFP4.
 
     Args:
-        checkpoint: the folder.
+        checkpoint: the folder, or a Hub id (`org/name[@revision]`), or what `find_checkpoint` found.
         level: "quick" reads headers, index and configs; "default" also every scale; "full" all weights.
         engine: report only what concerns this engine; all where None.
         select: codes, or their beginnings, to report; all where empty.
@@ -65,7 +67,7 @@ def verify_checkpoint(
     Raises:
         UsageError: an unknown level, engine or code; a source at another level than full.
         CheckpointError: not a checkpoint of this model at all; all lesser faults are findings.
-        EnvironmentFault: a file that exists and cannot be read.
+        EnvironmentFault: a file that exists and cannot be read, a Hub that cannot be reached.
     """
     select, ignore = _codes(select), _codes(ignore)
     _one_of("level", level, get_args(Level))
@@ -75,8 +77,10 @@ def verify_checkpoint(
         raise UsageError("logits are compared with the source's, which is not given")
     if engine is not None:
         _one_of("engine", engine, ENGINES)
+    if not isinstance(checkpoint, Location):
+        checkpoint = find_checkpoint(os.fspath(checkpoint), headers_only=level == "quick")
     found = Findings()
-    view = read_container(Path(checkpoint), found)
+    view = read_container(checkpoint.folder, found)
     read_configs(view, found)
     check_inventory(view, found)
     check_types(view, found)
@@ -110,12 +114,19 @@ def verify_checkpoint(
     if "kl_mean" not in more.get("logits", {}):
         run = [code for code in run if not code.startswith(OF_LOGITS)]
     return VerifyResult(
-        checkpoint=escape(checkpoint, 4096),
+        checkpoint=_name(checkpoint),
         level=level,
         findings=tuple(_chosen(found, engine, select, ignore)),
         facts=facts,
         checks_run=tuple(code for code in run if _concerns(code, engine) and _wanted(code, select, ignore)),
     )
+
+
+def _name(location: Location) -> str:
+    """A folder as it was typed; a Hub id with the commit that it stood for."""
+    if location.repo_id is None:
+        return escape(location.folder, 4096)
+    return f"{location.repo_id}@{location.commit}"
 
 
 def _source_model(source: SourceModel | str | None) -> SourceModel | None:
