@@ -31,7 +31,9 @@ def walk(accepted_BT: Tensor, prompt_len: int, num_drafts: int) -> Acceptance:
     return Acceptance(1 + c.sum().item(), tuple(c.tolist()))
 
 
-def ngram_accepted(ids_BT: Tensor, prompt_len: int, num_drafts: int, max_n: int = 3, min_n: int = 1) -> Tensor:
+def ngram_accepted(
+    ids_BT: Tensor, prompt_len: int, num_drafts: int, max_n: int = 3, min_n: int = 1
+) -> Tensor:
     """Prompt lookup: what followed the latest earlier occurrence of the longest suffix, [B, T] as above."""
     result = torch.zeros_like(ids_BT)
     for row, ids in enumerate(ids_BT.tolist()):

@@ -73,7 +73,9 @@ def continue_greedily(params: Parameters, bias: Tensor, prompts: Tensor, config:
         hidden = forward(params, bias, ids[:, new], config, cache=cache, taps=states)
         kept = [states[index].view(batch, -1, D) for index in TAPS]
         taps[:, new], final[:, new] = torch.cat(kept, -1).bfloat16(), hidden.view(batch, -1, D)
-        ids[:, position] = F.linear(final[:, position - 1].to(hidden.dtype), params["head"]).float().argmax(-1)
+        ids[:, position] = (
+            F.linear(final[:, position - 1].to(hidden.dtype), params["head"]).float().argmax(-1)
+        )
     return Group(ids, taps, final, prompt_len)
 
 
@@ -115,7 +117,9 @@ def make(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Let the target write the drafters' training text.")
-    parser.add_argument("--data", type=Path, default=Path("build/tiny-m27"), help="folder that corpus.py filled")
+    parser.add_argument(
+        "--data", type=Path, default=Path("build/tiny-m27"), help="folder that corpus.py filled"
+    )
     parser.add_argument("--checkpoint", type=Path, default=Path("examples/tiny-m27"))
     parser.add_argument("--out", type=Path, default=Path("build/drafters"), help="about 190 MB a group")
     parser.add_argument("--groups", type=int, default=20)

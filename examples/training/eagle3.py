@@ -45,7 +45,13 @@ def draft_vocabulary(ids: Tensor, vocab_size: int, size: int) -> Tensor:
 
 
 def forward(
-    p: Parameters, taps_BTF: Tensor, ids_BT: Tensor, first: int, num_steps: int, target: Target, s: DrafterSizes = SIZES
+    p: Parameters,
+    taps_BTF: Tensor,
+    ids_BT: Tensor,
+    first: int,
+    num_steps: int,
+    target: Target,
+    s: DrafterSizes = SIZES,
 ) -> list[Tensor]:
     """Normed hidden states [B, N - first, D] of each step for slots from `first` on, N = T - 1 - num_steps.
 
@@ -55,7 +61,10 @@ def forward(
     N = T - 1 - num_steps
     hidden = F.linear(taps_BTF[:, :N], p["fc.weight"]).float()
     w = {name: p[f"{LAYER}self_attn.{name}_proj.weight"] for name in "qkvo"}
-    seen, diagonal = torch.ones(N, N, dtype=torch.bool).tril()[first:], torch.eye(N, dtype=torch.bool)[first:, first:]
+    seen, diagonal = (
+        torch.ones(N, N, dtype=torch.bool).tril()[first:],
+        torch.eye(N, dtype=torch.bool)[first:, first:],
+    )
     keys: list[Tensor] = []
     values: list[Tensor] = []
     outputs = []
@@ -92,7 +101,7 @@ def loss(
 
     The target's distribution is restricted to the draft vocabulary; where its choice is outside, a slot does not count.
     """
-    (B, T), first = ids_BT.shape, prompt_len - 1
+    T, first = ids_BT.shape[1], prompt_len - 1
     to_draft = torch.full((len(target.head),), -1)
     to_draft[vocabulary_W] = torch.arange(len(vocabulary_W))
     head_WD = target.head[vocabulary_W]

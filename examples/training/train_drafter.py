@@ -58,7 +58,9 @@ class DFlash:
     def init(self, seed: int) -> Parameters:
         return dflash.init_dflash(seed)
 
-    def loss(self, p: Parameters, group: Group, rows: Tensor, generator: torch.Generator, step: int) -> Tensor:
+    def loss(
+        self, p: Parameters, group: Group, rows: Tensor, generator: torch.Generator, step: int
+    ) -> Tensor:
         block = (8, 16)[step % 2]
         free = group.ids.shape[1] - 1 - group.prompt_len
         order = [torch.randperm(free, generator=generator)[: ANCHORS[block]] for _ in rows]
@@ -89,7 +91,9 @@ class Eagle3:
     def init(self, seed: int) -> Parameters:
         return eagle3.init_eagle3(seed, self.target.head[self.vocabulary])
 
-    def loss(self, p: Parameters, group: Group, rows: Tensor, generator: torch.Generator, step: int) -> Tensor:
+    def loss(
+        self, p: Parameters, group: Group, rows: Tensor, generator: torch.Generator, step: int
+    ) -> Tensor:
         taps, ids, final = features(group, rows, eagle3.HIDDEN_STATES), group.ids[rows], group.final[rows]
         settings = (self.vocabulary, self.target, NUM_STEPS, DECAY, SOFT)
         return eagle3.loss(p, taps, ids, final, group.prompt_len, *settings)
@@ -163,11 +167,15 @@ def train(args: argparse.Namespace) -> Iterator[dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a drafter for tiny-m27.")
     parser.add_argument("kind", choices=("dflash", "eagle3"))
-    parser.add_argument("--data", type=Path, default=Path("build/drafters"), help="what drafter_data.py wrote")
+    parser.add_argument(
+        "--data", type=Path, default=Path("build/drafters"), help="what drafter_data.py wrote"
+    )
     parser.add_argument("--checkpoint", type=Path, default=Path("examples/tiny-m27"))
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=24)
-    parser.add_argument("--decay", type=float, default=0.6, help="last part of the steps, in which the rate falls")
+    parser.add_argument(
+        "--decay", type=float, default=0.6, help="last part of the steps, in which the rate falls"
+    )
     parser.add_argument("--muon-lr", type=float, default=0.01)
     parser.add_argument("--adam-lr", type=float, default=2e-3)
     parser.add_argument("--report-every", type=int, default=100)

@@ -9,12 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m27quant.checkpoint.config import M2Config
-from m27quant.checkpoint.header import TensorInfo, pread_exactly, read_header
-from m27quant.checkpoint.source import INDEX, SINGLE, check_link_stays_inside, check_stays_inside
-from m27quant.checkpoint.strict_json import MAX_INDEX_BYTES, read_object
-from m27quant.errors import CheckpointError, EnvironmentFault, escape
-from m27quant.verify.collect import Findings
-from m27quant.verify.drafter_config import (
+from m27quant.checkpoint.drafter_config import (
     DrafterConfig,
     Taps,
     expected_tensors,
@@ -22,6 +17,11 @@ from m27quant.verify.drafter_config import (
     read_taps,
     table,
 )
+from m27quant.checkpoint.header import TensorInfo, pread_exactly, read_header
+from m27quant.checkpoint.source import INDEX, SINGLE, check_link_stays_inside, check_stays_inside
+from m27quant.checkpoint.strict_json import MAX_INDEX_BYTES, read_object
+from m27quant.errors import CheckpointError, EnvironmentFault, escape
+from m27quant.verify.collect import Findings
 
 CONFIG = "config.json"
 FLOATS = ("BF16", "F16", "F32")

@@ -1,13 +1,15 @@
-"""config.json of a drafter: DFlash or EAGLE3, in the layouts of z-lab, SpecForge, modelopt and speculators."""
+"""config.json of a drafter: DFlash or EAGLE3, in the layouts of z-lab, SpecForge, modelopt and speculators.
+
+Faults are told to whoever asks, by the code under which `verify` explains them: it collects them, the runtime stops.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from m27quant.errors import escape
-from m27quant.verify.collect import Findings
 
 Kind = Literal["dflash", "eagle3"]
 DFLASH, EAGLE3 = "dflash_config", "eagle_config"
@@ -26,6 +28,16 @@ VARIANTS = {
 }
 """What an architecture's or kind's name holds -> the relative that it is."""
 DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
+
+
+class Faults(Protocol):
+    """Where faults are told; `add` may raise."""
+
+    def add(self, code: str, message: str, /, *, expected: object = None, found: object = None) -> None:
+        """One fault: a message to show as it is, and both values where there are two."""
+
+    def codes(self) -> set[str]:
+        """Of all that were told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +79,7 @@ def table(raw: dict[str, Any], key: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def parse_drafter(raw: dict[str, Any], found: Findings) -> DrafterConfig | None:
+def parse_drafter(raw: dict[str, Any], found: Faults) -> DrafterConfig | None:
     """What the config describes; None, with a finding, where it is another kind or not usable."""
     if (variant := _variant(raw)) is not None:
         found.add("M27-R003", f"drafter: {variant} is not supported", found=variant)
@@ -103,7 +115,7 @@ def _divided(number: int, by: int) -> int | None:
     return number // by if number and by else None
 
 
-def _size(place: dict[str, Any], key: str, found: Findings, least: int = 1) -> int:
+def _size(place: dict[str, Any], key: str, found: Faults, least: int = 1) -> int:
     value = place.get(key)
     if isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_SIZE:
         return value
@@ -159,7 +171,7 @@ def default_taps(layers: int) -> tuple[int, int, int]:
     return 2, layers // 2, layers - 3
 
 
-def read_taps(c: DrafterConfig, layers: int, found: Findings) -> Taps | None:
+def read_taps(c: DrafterConfig, layers: int, found: Faults) -> Taps | None:
     """The taps and how they are counted, by the layout's convention; None where they are not usable."""
     nested_key = "target_layer_ids" if c.kind == "dflash" else TOP_TAPS
     if c.layout == "speculators":
@@ -190,7 +202,7 @@ def read_taps(c: DrafterConfig, layers: int, found: Findings) -> Taps | None:
     return Taps(tuple(stated), captured, convention)
 
 
-def _no_taps(c: DrafterConfig, layers: int, found: Findings) -> Taps | None:
+def _no_taps(c: DrafterConfig, layers: int, found: Faults) -> Taps | None:
     if c.kind == "dflash":
         found.add("M27-R015", "drafter: config.json states no target_layer_ids")
         return None
@@ -205,7 +217,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_taps(captured: tuple[int, ...], layers: int, found: Findings) -> None:
+def _check_taps(captured: tuple[int, ...], layers: int, found: Faults) -> None:
     shown = list(captured)
     if wrong := [n for n in captured if not 0 <= n <= layers]:
         found.add(
@@ -220,7 +232,7 @@ def _check_taps(captured: tuple[int, ...], layers: int, found: Findings) -> None
         )  # fmt: skip
 
 
-def _check_eagle(nested: Any, top: Any, captured: tuple[int, ...], layers: int, found: Findings) -> None:
+def _check_eagle(nested: Any, top: Any, captured: tuple[int, ...], layers: int, found: Faults) -> None:
     """What the engines make of the place in which an EAGLE3 config states its taps."""
     shown = list(captured)
     if nested is None:
