@@ -17,7 +17,7 @@ from transformers import MiniMaxM2ForCausalLM
 
 from m27quant.checkpoint.hub import Location
 from m27quant.checkpoint.source import Source
-from m27quant.runtime.model import logits
+from m27quant.runtime.streamed import logits
 from tests.checkpoints import Shape, random_tensors, read_tensors, stored, write_checkpoint
 from tests.oracles import modelopt_model as oracle
 from tests.tolerance import LOGIT_ATOL

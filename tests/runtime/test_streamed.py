@@ -17,8 +17,7 @@ from m27quant.checkpoint.hub import Location
 from m27quant.checkpoint.quantized import QuantizedSource, same_model
 from m27quant.checkpoint.source import Source
 from m27quant.errors import CheckpointError
-from m27quant.runtime.model import logits
-from m27quant.runtime.streamed import Precision, StreamedModel, fake_quantize_fp8, make_batches
+from m27quant.runtime.streamed import Precision, StreamedModel, fake_quantize_fp8, logits, make_batches
 from tests.checkpoints import read_tensors, write_checkpoint, write_rows
 from tests.tolerance import LOGIT_ATOL, sqnr_db
 

@@ -20,8 +20,7 @@ from m27quant.checkpoint.quantized import QuantizedSource
 from m27quant.checkpoint.source import Source
 from m27quant.cli.app import main
 from m27quant.errors import CheckpointError, UsageError
-from m27quant.runtime.model import logits
-from m27quant.runtime.streamed import Precision
+from m27quant.runtime.streamed import Precision, logits
 from m27quant.verify.collect import Findings
 from m27quant.verify.findings import VerifyResult
 from m27quant.verify.logits import Comparison, LogitsOptions, Windows, compare, figures, read_windows, report

@@ -71,9 +71,7 @@ class SamplingParams:
         _count("seed", self.seed, -(2**63), 2**64 - 1)
         for index in self.stop_token_ids:
             _count("stop_token_ids", index, 0)
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise UsageError(f"stop needs strings that are not empty, got {escape(repr(text))}")
+        _strings("stop", self.stop)
 
     @property
     def is_greedy(self) -> bool:
@@ -100,6 +98,12 @@ def _count(name: str, value: Any, least: int, most: int = 2**63) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise UsageError(f"{name} must be an integer of at least {least}, got {escape(repr(value))}")
+
+
+def _strings(name: str, values: Any) -> None:
+    for text in values:
+        if not isinstance(text, str) or not text:
+            raise UsageError(f"{name} needs strings that are not empty, got {escape(repr(text))}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

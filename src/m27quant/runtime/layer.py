@@ -1,8 +1,9 @@
 """The MiniMax-M2 decoder layer: the one definition, in plain functions on tensors.
 
-Calibration runs it with BF16 weights and observers, a full forward pass with any dtype.  Order of operations and
-places of rounding are those of transformers' `minimax_m2` (>= 5.18), which serves as oracle in the tests; the
-router is always computed in F32, as the official checkpoint stores it.
+Calibration runs it with BF16 weights and observers, a streamed forward pass with any dtype, the engine with the
+kernels of its device (`Ops`).  Order of operations and places of rounding are those of transformers' `minimax_m2`
+(>= 5.18), which serves as oracle in the tests; the router is always computed in F32, as the official checkpoint
+stores it.
 
 Shapes: T tokens, D hidden, H query heads, J key/value heads, C head_dim, R rotary_dim, E experts, K experts per
 token, I intermediate.
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 
 from m27quant.checkpoint.config import M2Config
 from m27quant.kernels import router
+from m27quant.kernels.rotary import rotate
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q [T,H,C], k [T,J,C], v [T,J,C]) -> [T,H,C]: the attention core, k after norm and rotation, v as projected.
@@ -27,7 +29,10 @@ Whoever calls the layer decides what sequences the T tokens form, where keys and
 """
 
 Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(x [T, K], w [N, K]) -> x w^T [T, N]: how products are computed; `F.linear` unless another one is given."""
+"""(x [T, K], w [N, K]) -> x w^T [T, N]."""
+
+Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""(x [..., D], weight [D], eps) -> [..., D]: root-mean-square norm."""
 
 Expert = Callable[[torch.Tensor], torch.Tensor]
 """h [N, D] -> [N, D]: one expert, not yet weighted, whatever its weights are stored as."""
@@ -66,7 +71,8 @@ class Routing:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm over the last dimension; statistics in F32, the result in x's dtype.
 
-    The normalised value is rounded to x's dtype before it meets the weight.
+    The normalised value is rounded to x's dtype before it meets the weight.  Calibration needs torch's order of
+    summation, to find modelopt's ranges; inference takes kernels.rms_norm, the same in every batch and backend.
     """
     x_f32 = x.float()
     x_f32 = x_f32 * torch.rsqrt(x_f32.pow(2).mean(-1, keepdim=True) + eps)
@@ -84,12 +90,34 @@ def rotary_table(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x_THC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Apply rotary embedding to the first R dimensions of each head; the others pass."""
-    r = cos.shape[-1]
-    turned, passed = x_THC[..., :r], x_THC[..., r:]
-    first, second = turned.chunk(2, dim=-1)
-    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, passed), dim=-1)
+def qk_norm_rope(
+    q_TQ: torch.Tensor,
+    k_TX: torch.Tensor,
+    q_norm_Q: torch.Tensor,
+    k_norm_X: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    head_dim: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Projections to heads [T, H, C] and [T, J, C]: the norm, which runs over all heads together, then rotation."""
+    q_THC = rms_norm(q_TQ, q_norm_Q, eps).view(len(q_TQ), -1, head_dim)
+    k_TJC = rms_norm(k_TX, k_norm_X, eps).view(len(k_TX), -1, head_dim)
+    return rotate(q_THC, cos, sin), rotate(k_TJC, cos, sin)
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """What a layer is computed with: plain torch, or kernels that take the same arguments."""
+
+    linear: Linear = F.linear
+    norm: Norm = rms_norm
+    qk_norm_rope: Callable[..., tuple[torch.Tensor, torch.Tensor]] = qk_norm_rope
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda part: part
+    """The sum over all ranks of what each one computed of a layer."""
+
+
+TORCH = Ops()
 
 
 def attention_block(
@@ -98,17 +126,15 @@ def attention_block(
     config: M2Config,
     rotary: tuple[torch.Tensor, torch.Tensor],
     attend: Attend,
-    linear: Linear = F.linear,
+    ops: Ops = TORCH,
 ) -> torch.Tensor:
     """x + attention(norm(x)), [T, D]."""
-    h = rms_norm(x_TD, w.input_layernorm, config.rms_norm_eps)
-    # the norms run over all heads together, not per head
-    q = rms_norm(linear(h, w.q_proj), w.q_norm, config.rms_norm_eps)
-    k = rms_norm(linear(h, w.k_proj), w.k_norm, config.rms_norm_eps)
-    v = linear(h, w.v_proj)
-    q_THC, k_TJC, v_TJC = (t.view(len(t), -1, config.head_dim) for t in (q, k, v))
-    out = attend(rotate(q_THC, *rotary), rotate(k_TJC, *rotary), v_TJC)
-    return x_TD + linear(out.reshape(len(out), -1), w.o_proj)
+    eps = config.rms_norm_eps
+    h = ops.norm(x_TD, w.input_layernorm, eps)
+    q, k, v = (ops.linear(h, projection) for projection in (w.q_proj, w.k_proj, w.v_proj))
+    q_THC, k_TJC = ops.qk_norm_rope(q, k, w.q_norm, w.k_norm, *rotary, config.head_dim, eps)
+    out = attend(q_THC, k_TJC, v.view(len(v), -1, config.head_dim))
+    return x_TD + ops.reduce(ops.linear(out.reshape(len(out), -1), w.o_proj))
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -119,9 +145,9 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
 
 
-def moe_input(x_TD: torch.Tensor, w: RouterWeights, config: M2Config) -> torch.Tensor:
+def moe_input(x_TD: torch.Tensor, w: RouterWeights, config: M2Config, ops: Ops = TORCH) -> torch.Tensor:
     """What router and experts see, [T, D]."""
-    return rms_norm(x_TD, w.post_attention_layernorm, config.rms_norm_eps)
+    return ops.norm(x_TD, w.post_attention_layernorm, config.rms_norm_eps)
 
 
 def route(

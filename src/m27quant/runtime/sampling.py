@@ -134,7 +134,7 @@ def _adjusted(logits_V: Tensor, row: Row) -> Tensor:
     logits_V = logits_V.clone()
     tokens = torch.as_tensor(row.tokens, dtype=torch.int64)
     if p.repetition_penalty is not None and p.repetition_penalty != 1:
-        seen = tokens.unique().to(logits_V.device)
+        seen = torch.tensor(sorted(set(row.tokens))).to(logits_V.device)
         found = logits_V[seen]
         logits_V[seen] = torch.where(found > 0, found / p.repetition_penalty, found * p.repetition_penalty)
     if p.presence_penalty or p.frequency_penalty:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from m27quant.checkpoint import names
 from m27quant.checkpoint.source import Source
-from m27quant.errors import CheckpointError, escape
+from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.kernels import nvfp4_quantize
 from m27quant.runtime import layer as M
 from m27quant.runtime.loader import (
@@ -197,6 +197,34 @@ class Head:
         h = M.rms_norm(x_TD, self.norm, self.eps)
         parts = torch.split(self.weight, HEAD_ROWS)
         return torch.cat([F.linear(h, part.to(self.dtype)) for part in parts], dim=1)
+
+
+@torch.inference_mode()
+def logits(
+    source: Source,
+    input_ids: list[int] | torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    precision: Precision | None = None,
+) -> torch.Tensor:
+    """Logits [T, vocab_size] (in `dtype`) of one sequence of T token ids, one layer in memory at a time.
+
+    FP8 weights are taken as their BF16 dequantization, NVFP4 weights as what they stand for.
+
+    Raises:
+        UsageError: no tokens, or ids outside of the vocabulary.
+        CheckpointError: damaged weights.
+    """
+    config = source.config
+    ids = torch.as_tensor(input_ids, dtype=torch.int64).reshape(-1)
+    if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= config.vocab_size:
+        raise UsageError(f"input_ids must be 1 or more ids from 0 to {config.vocab_size - 1}")
+    batch = Batch(ids, (len(ids),))
+    model = StreamedModel(source, [batch], precision=precision, device=torch.device(device), dtype=dtype)
+    for index in range(config.num_hidden_layers):
+        model.layer(index)
+    return model.head()(batch.x)
 
 
 def fake_quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
