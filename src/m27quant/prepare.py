@@ -13,7 +13,7 @@ import torch
 
 import m27quant
 from m27quant.calib.data import Sequences, assumed_sequences, is_local, load_sequences, parse_dataset
-from m27quant.calib.memory import MemoryPlan, default_budget, plan_memory
+from m27quant.calib.memory import MemoryPlan, plan_memory
 from m27quant.checkpoint import sidecars
 from m27quant.checkpoint.assumed import AssumedSource
 from m27quant.checkpoint.hub import locate
@@ -22,6 +22,7 @@ from m27quant.checkpoint.source import Source
 from m27quant.plan import Plan, check_paths, make_plan
 from m27quant.recipes import Recipe, load_recipe
 from m27quant.runtime.device import pick_device
+from m27quant.runtime.host_memory import default_budget
 
 DEFAULT_RECIPE = "nvfp4_experts_only-fp8_kv"
 DEFAULT_SHARD_BYTES = 5_000_000_000

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m27quant.calib import memory
-from m27quant.calib.memory import CHUNK_TOKENS, MAX_GROUP, MemoryPlan, default_budget, plan_memory
+from m27quant.calib.memory import CHUNK_TOKENS, MAX_GROUP, MemoryPlan, plan_memory
 from m27quant.checkpoint.config import parse_config
 from m27quant.errors import EnvironmentFault
+from m27quant.runtime import host_memory
+from m27quant.runtime.host_memory import default_budget
 from tests.quantize.planned import M27
 
 CPU = torch.device("cpu")
@@ -25,7 +27,8 @@ BASE = 600 * 2**20
 
 @pytest.fixture(autouse=True)
 def _fixed_rss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "rss_bytes", lambda: BASE)
+    for module in (memory, host_memory):
+        monkeypatch.setattr(module, "rss_bytes", lambda: BASE)
 
 
 def plan(
@@ -121,7 +124,7 @@ def test_the_default_budget_heeds_a_containers_limit(
         available = 10 * GIB - BASE
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Free)
-    monkeypatch.setattr(memory, "CONTROL_GROUP_LIMITS", (tmp_path / "memory.max", tmp_path / "absent"))
+    monkeypatch.setattr(host_memory, "CONTROL_GROUP_LIMITS", (tmp_path / "memory.max", tmp_path / "absent"))
     if limit is not None:
         (tmp_path / "memory.max").write_text(limit + "\n")
     assert default_budget() == int(expected * GIB)

@@ -6,14 +6,13 @@ import ctypes
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
 from m27quant.checkpoint.config import M2Config
 from m27quant.errors import EnvironmentFault
 from m27quant.kernels.dispatch import choose
+from m27quant.runtime.host_memory import rss_bytes
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens per chunk: part of the computation's identity, as a product's last bit may depend on it."""
@@ -27,10 +26,6 @@ HEAP_RETENTION = 256 * 2**20
 """What the C library may keep of freed transients before it is told to give them back."""
 PLAIN_PACKING = 128 * 2**20
 """What packing in plain torch takes for one strip of a matrix, where there is no compiled core."""
-CONTROL_GROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
 PIECE_BYTES = 32 * 2**20
 """How much of a passed-through tensor is in memory at a time."""
 
@@ -65,30 +60,6 @@ def _malloc_trim() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)
-
-
-def rss_bytes() -> int:
-    """Resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def default_budget() -> int:
-    """80% of the memory that is free now, or that the control group allows in all where that is less."""
-    room = psutil.virtual_memory().available + rss_bytes()
-    return int(min([room, *control_group_limits()]) * 0.8)
-
-
-def control_group_limits() -> list[int]:
-    """Bytes that the control group of a container (version 2, 1) allows; empty without one."""
-    limits = []
-    for file in CONTROL_GROUP_LIMITS:
-        try:
-            text = file.read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit():  # "max" is no limit; nor is version 1's enormous number, which any minimum ignores
-            limits.append(int(text))
-    return limits
 
 
 def limit_caches() -> None:
