@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from model import ModelConfig
@@ -110,3 +112,78 @@ def render_card(figures: dict[str, Any], corpus: dict[str, Any], config: ModelCo
         "heldout_files": ", ".join(f"`{name}`" for name in corpus["heldout_files"]),
     }
     return CARD.format(**fields)
+
+
+NVFP4 = "## Quantized to NVFP4\n"
+BEHIND = "## How it was trained\n"
+
+NVFP4_SECTION = """\
+
+What `make demo` writes, against this checkpoint, over all {num_tokens:,} tokens of `heldout.txt` in windows of \
+{seq_len},
+computed in float32; the source's perplexity, over the same windows and the tokens between them, is {source:.3f}:
+
+    m27quant verify demo-out/tiny-m27-nvfp4 --logits --source examples/tiny-m27 \\
+        --text examples/tiny-m27/heldout.txt --num-samples {num_windows} --seq-len {seq_len} \
+--activations nvfp4 --kv-cache-dtype fp8
+
+| inputs of experts | KV cache | KL divergence: mean | 99% | largest | same likeliest token | perplexity | ratio |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+Divergence in nats a token. The command gives the first row; `--activations bf16` and `--kv-cache-dtype bf16` the next
+three. {faults}`python examples/training/nvfp4.py` measures all of it again and writes this section.
+
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NvFp4Row:
+    """What `m27quant verify --logits` measured in one way of computing."""
+
+    inputs: str
+    kv_cache: str
+    fault: str
+    """What was broken in the checkpoint for this row; empty where nothing was."""
+    codes: tuple[str, ...]
+    """Of the errors that were found."""
+    num_tokens: int
+    num_windows: int
+    seq_len: int
+    kl_mean: float
+    kl_p99: float
+    kl_max: float
+    top1_agreement: float
+    perplexity_source: float
+    perplexity: float
+    perplexity_ratio: float
+
+    def cells(self) -> str:
+        return (
+            f"{self.kl_mean:.4f} | {self.kl_p99:.3f} | {self.kl_max:.3f} | {self.top1_agreement:.1%} | "
+            f"{self.perplexity:.3f} | {self.perplexity_ratio:.3f}"
+        )
+
+
+def put_nvfp4_section(card: str, rows: Sequence[NvFp4Row]) -> str:
+    """The card with this section before the one on training, in the place of a former one."""
+    whole = [row for row in rows if not row.fault]
+    faults = "".join(
+        f"Last row: with the {row.fault}, which is found as {', '.join(row.codes) or 'nothing'}. "
+        for row in rows
+        if row.fault
+    )
+    first = whole[0]
+    section = NVFP4_SECTION.format(
+        num_tokens=first.num_tokens,
+        num_windows=first.num_windows,
+        seq_len=first.seq_len,
+        source=first.perplexity_source,
+        faults=faults,
+        rows="\n".join(
+            f"| {row.inputs}{', one expert halved' if row.fault else ''} | {row.kv_cache} | {row.cells()} |"
+            for row in rows
+        ),
+    )
+    above, _, below = card.partition(BEHIND)
+    return above.partition(NVFP4)[0] + NVFP4 + section + BEHIND + below

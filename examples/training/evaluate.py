@@ -1,7 +1,7 @@
 """Measure an exported checkpoint and write its model card.
 
-Every figure of the card comes from here: read from the files that were exported, computed in float32,
-held-out text only.  transformers is asked for the same perplexity from the same files.
+Every figure of the card comes from here and from nvfp4.py: read from the files that were exported, computed in
+float32, held-out text only.  transformers is asked for the same perplexity from the same files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from corpus import BOS
 from fp8_checkpoint import read_dequantized, read_weights
 from generation import generate_greedy, loop_share
 from model import ModelConfig, Parameters, compute_copies, forward
+from nvfp4 import write_section
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -140,6 +141,7 @@ def main() -> None:
     corpus = json.loads((args.data / "corpus.json").read_text(encoding="utf-8"))
     (args.checkpoint / "README.md").write_text(render_card(figures, corpus, ModelConfig()), encoding="utf-8")
     print(json.dumps(figures, indent=2))
+    write_section(args.checkpoint)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,8 @@ def test_dev_stdout_is_written_to_not_replaced(nvfp4: Path, tmp_path: Path) -> N
     for path in ("/dev/stdout", str(link)):
         with (tmp_path / "out").open("wb") as out:
             done = subprocess.run(
-                [sys.executable, "-c", code, "verify", nvfp4, "--quick", "--output-format=gitlab", "--output-file", path],
+                [sys.executable, "-c", code, "verify", nvfp4, "--quick", "--output-format=gitlab",
+                 "--output-file", path],
                 stdout=out, stderr=subprocess.PIPE, check=False,
             )  # fmt: skip
         assert done.returncode == 0, done.stderr

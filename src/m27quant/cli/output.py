@@ -70,6 +70,11 @@ class Output:
         logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
         return output
 
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal that shows the result; None where it is none, and lines may be of any length."""
+        return self.console.width if self.stdout.isatty() else None
+
     # Data: stdout.
 
     def result(

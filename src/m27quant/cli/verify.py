@@ -173,7 +173,7 @@ def _show(
         output.status(f"{human.verdict(result)}; written to {output_file}")
     elif kind in ("human", "json"):
         content = document.document(result, accepted=accepted)
-        output.result(content, human=human.styled(result), quiet=human.concise(result))
+        output.result(content, human=human.styled(result, output.width), quiet=human.concise(result))
     else:
         text = _texts(result, fail_on, accepted)[kind]()
         output.result({}, human=text, quiet=text)

@@ -24,7 +24,7 @@ from m27quant.report import plots
 from m27quant.report.measured import Measured, Table, contradictions
 from m27quant.report.plots import Series, number, over_experts
 from m27quant.report.recorded import Recorded
-from m27quant.report.text import details, line, plural, summary
+from m27quant.report.text import details, line, plural, size, summary
 from m27quant.verify.findings import Finding, VerifyResult
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -83,7 +83,7 @@ def render(page: Page) -> str:
         lstrip_blocks=True,
         finalize=_safe,
     )
-    environment.filters |= {"size": _size, "number": number, "plural": plural}
+    environment.filters |= {"size": size, "number": number, "plural": plural}
     script = (TEMPLATES / "report.js").read_text(encoding="ascii")
     maps = _maps(page.measured, recorded)
     text = environment.get_template(
@@ -119,18 +119,6 @@ def render(page: Page) -> str:
 
 def _safe(value: object) -> object:
     return line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _size(num_bytes: int) -> str:
-    """Decimal, as disks and the Hub state it."""
-    for unit, power in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= power:
-            return (
-                f"{num_bytes / power:,.4g} {unit}"
-                if num_bytes < 1000 * power
-                else f"{num_bytes / power:,.0f} {unit}"
-            )
-    return f"{num_bytes} B"
 
 
 def _fitting(page: Page) -> tuple[Recorded | None, str | None]:
@@ -212,14 +200,14 @@ def _made(recorded: Recorded | None) -> list[tuple[str, str]]:
 
 def _tiles(page: Page, recorded: Recorded | None) -> list[tuple[str, str, str]]:
     """(figure, what it is, more) for the top of the page."""
-    tiles = [(_size(page.result.facts.get("total_bytes", 0)), "on disk", "all shards, headers included")]
+    tiles = [(size(page.result.facts.get("total_bytes", 0)), "on disk", "all shards, headers included")]
     if recorded:
         s = recorded.summary
         ratio = s.source_bytes / s.output_bytes
         tiles[0] = (
-            _size(s.output_bytes),
+            size(s.output_bytes),
             "of weights",
-            f"{ratio:.2f} times smaller than {_size(s.source_bytes)}",
+            f"{ratio:.2f} times smaller than {size(s.source_bytes)}",
         )
         quality_LEP = _quality(recorded)
         known = quality_LEP[~np.isnan(quality_LEP)]

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import textwrap
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from m27quant.report.facts import blocks, columns, flat
 from m27quant.report.text import details, line, plural, summary
 
 if TYPE_CHECKING:
     from m27quant.verify.findings import Finding, VerifyResult
 
+MIN_WIDTH = 20
+"""Columns that text has in the narrowest terminal."""
+_LABEL = re.compile(r" *\S+(?: \S+){0,3} {2,}(?=\S)")
+"""A name and the gap before its value."""
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
@@ -21,16 +28,17 @@ def render(result: VerifyResult) -> str:
     return styled(result).plain
 
 
-def styled(result: VerifyResult) -> Text:
-    """The text as a terminal shows it."""
-    facts = {"checkpoint": result.checkpoint, "level": result.level, **_facts(result.facts)}
-    text = Text.assemble(*_columns(facts.items()))
+def styled(result: VerifyResult, width: int | None = None) -> Text:
+    """The text as a terminal of `width` columns shows it; lines as long as they are where it is None."""
+    text = columns([("checkpoint", result.checkpoint), ("level", result.level), *flat(result.facts)])
+    text.append_text(blocks(result.facts))
     if result.findings:
         text.append_text(_table(result.findings))
         for _, group in groupby(result.findings, key=lambda f: f.check.code):
             text.append_text(_group(list(group)))
     text.append("\n")
-    return text.append_text(verdict(result))
+    text.append_text(verdict(result))
+    return text if width is None else _wrapped(text, width)
 
 
 def verdict(result: VerifyResult) -> Text:
@@ -50,42 +58,6 @@ def concise(result: VerifyResult) -> str | None:
     """One line per finding, nothing where there is none."""
     rows = (f"{f.severity} {line(f.check.code)} {line(f.message)}" for f in result.findings)
     return "\n".join(rows) or None
-
-
-def _facts(facts: Mapping[str, object]) -> dict[str, str]:
-    """Keys as words: `num_shards` is "shards"."""
-    return {
-        key.removeprefix("num_").replace("_", " "): _value(value)
-        for key, value in facts.items()
-        if value is not None
-    }
-
-
-def _value(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, Mapping):
-        shown = {key: item for key, item in value.items() if not _is_table(item)}
-        return "; ".join(f"{key} {_value(item)}" for key, item in shown.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_value(item) for item in value)
-    return str(value)
-
-
-def _is_table(value: object) -> bool:
-    """Rows that only --json shows, such as a layer's figures."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
-
-
-def _columns(pairs: Iterable[tuple[str, str]], indent: str = "") -> list[str | tuple[str, str]]:
-    rows = [(line(name), line(value)) for name, value in pairs]
-    width = max((len(name) for name, _ in rows), default=0)
-    parts: list[str | tuple[str, str]] = []
-    for name, value in rows:
-        parts += [indent, (f"{name:<{width}}", "bold" if not indent else "dim"), f"  {value}\n"]
-    return parts
 
 
 def _table(findings: Sequence[Finding]) -> Text:
@@ -112,7 +84,27 @@ def _group(findings: Sequence[Finding]) -> Text:
     for finding in findings:
         text.append(f"  {line(finding.message)}\n")
         rest = [row for row in details(finding) if row[0] not in shared]
-        text.append_text(Text.assemble(*_columns(rest, "    ")))
-    return text.append_text(
-        Text.assemble(*_columns([row for row in details(findings[0]) if row[0] in shared], "  "))
+        text.append_text(columns(rest, "    "))
+    return text.append_text(columns([row for row in details(findings[0]) if row[0] in shared], "  "))
+
+
+def _wrapped(text: Text, width: int) -> Text:
+    """Lines broken at spaces and continued below where their value begins; names of tensors stay whole."""
+    return Text("\n").join(part for row in text.split("\n") for part in _broken(row, width))
+
+
+def _broken(row: Text, width: int) -> list[Text]:
+    if len(row) <= width:
+        return [row]
+    label = _LABEL.match(row.plain)
+    indent = label.end() if label and label.end() <= width // 2 else 4
+    pieces = textwrap.wrap(
+        row.plain[indent:], max(MIN_WIDTH, width - indent), break_long_words=False, break_on_hyphens=False
     )
+    parts: list[Text] = []
+    end = indent
+    for piece in pieces:
+        begin = row.plain.index(piece, end)
+        end = begin + len(piece)
+        parts.append(Text(" " * indent).append_text(row[begin:end]) if parts else row[:end])
+    return parts or [row]

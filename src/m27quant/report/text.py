@@ -25,6 +25,15 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def size(num_bytes: int) -> str:
+    """Decimal, as disks and the Hub state it: "134.5 GB"."""
+    for unit, power in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= power:
+            digits = ",.4g" if num_bytes < 1000 * power else ",.0f"
+            return f"{num_bytes / power:{digits}} {unit}"
+    return f"{num_bytes} B"
+
+
 def summary(result: VerifyResult) -> str:
     """All counts: "2 errors, 1 warning", or "no findings"."""
     counts = {s: sum(f.severity == s for f in result.findings) for s in ("error", "warning", "note")}
