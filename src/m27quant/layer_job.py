@@ -21,7 +21,7 @@ from m27quant.calib.layerwise import (
     run_attention,
     run_experts,
 )
-from m27quant.calib.memory import PIECE_BYTES, MemoryPlan, rss_bytes
+from m27quant.calib.memory import PIECE_BYTES, MemoryPlan
 from m27quant.calib.routing import Routings
 from m27quant.checkpoint import names
 from m27quant.checkpoint.durable import fault_point, move_durably, sha256_of
@@ -31,6 +31,7 @@ from m27quant.checkpoint.writer import ShardSet, WrittenFile, open_shards
 from m27quant.pack import PackStats, stream_experts
 from m27quant.plan import Plan, Unit, norm_and_router_names
 from m27quant.progress import Progress, ProgressCallback
+from m27quant.runtime.host_memory import rss_bytes
 from m27quant.runtime.layer import RouterWeights
 from m27quant.runtime.loader import attention_weights, refuse_non_finite, router_weights
 

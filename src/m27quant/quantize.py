@@ -22,7 +22,7 @@ import torch
 
 from m27quant.calib.activations import plan_chunks
 from m27quant.calib.layerwise import Dropped
-from m27quant.calib.memory import limit_caches, plan_memory, rss_bytes
+from m27quant.calib.memory import limit_caches, plan_memory
 from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.workspace import REPORT, Workspace, check_same
 from m27quant.errors import CheckpointError, EnvironmentFault, escape
@@ -32,6 +32,7 @@ from m27quant.plan import HEAD, Unit, check_disk, check_paths, disk_needed
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.runlog import RunLog
+from m27quant.runtime.host_memory import rss_bytes
 
 log = logging.getLogger(__name__)
 
