@@ -26,6 +26,7 @@ __all__ = [
     "SquaredError",
     "amax",
     "count_groups",
+    "exact_error",
     "pack",
     "squared_error",
     "unpack",
@@ -132,6 +133,23 @@ def squared_error(
     signal_N, noise_N = _backend(weight.device).row_errors(weight, scale_inv, packed, block)
     # fsum rounds the exact sum of the rows once: no order of additions to agree on.
     return SquaredError(math.fsum(signal_N.tolist()), math.fsum(noise_N.tolist()))
+
+
+def exact_error(
+    weight: Tensor, scale_inv: Tensor | None, packed: PackedNVFP4, *, block: tuple[int, int] = BLOCK
+) -> SquaredError | None:
+    """`squared_error` where `packed` is, byte for byte, what `pack` makes under its `weight_scale_2`; else None.
+
+    One pass over an FP8 weight on a CPU: nothing is dequantized to memory and nothing is packed there.
+
+    Raises:
+        CheckpointError: as for `amax`, but for NaN and Inf in the weight, which nothing packed can equal.
+        ValueError: tensors of other shapes than `pack` gives.
+    """
+    checks.check_weight(weight, scale_inv, block)
+    _buffers(weight, (packed.weight, packed.weight_scale))
+    rows = _backend(weight.device).exact_row_errors(weight, scale_inv, packed, block)
+    return None if rows is None else SquaredError(*(math.fsum(sums.tolist()) for sums in rows))
 
 
 def count_groups(

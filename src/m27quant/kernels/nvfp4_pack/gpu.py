@@ -139,6 +139,13 @@ def row_errors(
     return reference.row_errors(weight_NK, scale_inv_IJ, packed, block)
 
 
+def exact_row_errors(
+    weight_NK: Tensor, scale_inv_IJ: Tensor | None, packed: Sequence[Tensor], block: tuple[int, int]
+) -> tuple[Tensor, Tensor] | None:
+    """See `reference.exact_row_errors`; sums as in `row_errors`."""
+    return reference.exact_row_errors(weight_NK, scale_inv_IJ, packed, block)
+
+
 def count_groups(
     weight_NK: Tensor, scale_inv_IJ: Tensor | None, weight_scale_2: Tensor, block: tuple[int, int]
 ) -> tuple[int, int, int]:

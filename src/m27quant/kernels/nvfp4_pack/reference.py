@@ -55,7 +55,7 @@ def strips(weight_NK: Tensor, block: tuple[int, int]) -> list[slice]:
 
 def groups(x_RK: Tensor) -> Tensor:
     """The same elements as [R, G, 16]."""
-    return x_RK.reshape(x_RK.shape[0], -1, GROUP)
+    return x_RK.unflatten(1, (-1, GROUP))
 
 
 def amax(weight_NK: Tensor, scale_inv_IJ: Tensor | None, block: tuple[int, int]) -> Tensor:
@@ -137,6 +137,21 @@ def row_errors(
         signal_N[rows] = _lane_sum(groups(x_RK.square()))
         noise_N[rows] = _lane_sum(groups(d_RK.square()))
     return signal_N, noise_N
+
+
+def exact_row_errors(
+    weight_NK: Tensor, scale_inv_IJ: Tensor | None, packed: Sequence[Tensor], block: tuple[int, int]
+) -> tuple[Tensor, Tensor] | None:
+    """`row_errors` where `pack` gives these codes and scales, byte for byte; else None, as for NaN or Inf."""
+    codes_NK2, scale_NG, weight_scale_2 = packed
+    again = torch.empty_like(codes_NK2), torch.empty_like(scale_NG)
+    if not pack(weight_NK, scale_inv_IJ, weight_scale_2, block, *again):
+        return None
+    if not all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(packed, again, strict=False)
+    ):
+        return None
+    return row_errors(weight_NK, scale_inv_IJ, packed, block)
 
 
 def _lane_sum(v_RG16: Tensor) -> Tensor:
