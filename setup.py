@@ -7,14 +7,26 @@ Where there is no C compiler the build goes on without it and the kernels run th
 from setuptools import Extension, setup
 
 NATIVE = "src/m27quant/kernels/_native"
-SOURCES = ("core", "fp8_dequant", "nvfp4_errors", "nvfp4_pack", "nvfp4_stats")
+SOURCES = (
+    "core",
+    "fp8_dequant",
+    "nvfp4_dot_avx2",
+    "nvfp4_dot_avx512",
+    "nvfp4_dot_portable",
+    "nvfp4_errors",
+    "nvfp4_gemm",
+    "nvfp4_moe",
+    "nvfp4_pack",
+    "nvfp4_rows",
+    "nvfp4_stats",
+)
 
 setup(
     ext_modules=[
         Extension(
             "m27quant.kernels._native.core",
             sources=[f"{NATIVE}/{name}.c" for name in SOURCES],
-            depends=[f"{NATIVE}/core.h", f"{NATIVE}/nvfp4_fp8.h"],
+            depends=[f"{NATIVE}/{name}.h" for name in ("core", "nvfp4", "nvfp4_fp8")],
             # No -ffast-math and no contraction to FMA: every operation is rounded once, as in the reference.
             extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
             libraries=["m"],

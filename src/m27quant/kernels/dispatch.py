@@ -11,14 +11,17 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from m27quant.kernels import native
+from m27quant.kernels import cpu_level, native
 
 Backend = Literal["reference", "cpu-native", "triton"]
 
 ENVIRONMENT_VARIABLE = "M27QUANT_KERNELS"
 
-_COMPILED = frozenset({"nvfp4_pack", "nvfp4_stats", "fp8_dequant"})
+_COMPILED = frozenset({"nvfp4_pack", "nvfp4_stats", "fp8_dequant", "nvfp4_quantize"})
 """Operations with a compiled CPU implementation."""
+
+_COMPILED_BY_LEVEL = frozenset({"nvfp4_gemm", "nvfp4_moe"})
+"""Those whose inner loops are written for one instruction set each."""
 
 _TRITON = frozenset({"nvfp4_pack"})
 """Operations with a Triton implementation for CUDA."""
@@ -39,10 +42,11 @@ def choose(op: str, device: torch.device | str) -> Choice:
     if wish:
         raise ValueError(f"{ENVIRONMENT_VARIABLE} may be 'reference' or unset")
     kind = torch.device(device).type
-    if kind == "cpu" and op in _COMPILED:
+    if kind == "cpu" and op in _COMPILED | _COMPILED_BY_LEVEL:
         library = native.load()
         if library.error is None:
-            return Choice("cpu-native", f"compiled core, {library.isa}, {torch.get_num_threads()} threads")
+            isa = cpu_level.name() if op in _COMPILED_BY_LEVEL else library.isa
+            return Choice("cpu-native", f"compiled core, {isa}, {torch.get_num_threads()} threads")
         return Choice("reference", library.error)
     if kind == "cuda" and op in _TRITON:
         return _triton()

@@ -41,6 +41,15 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "m27_row_errors": (None, [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_void_p, *_ROWS]),
     "m27_compare_fp8": (c_int, [*_FP8, c_float, c_void_p, c_void_p, c_void_p, c_void_p, *_ROWS]),
     "m27_count_codes": (None, [c_void_p, c_int64, c_void_p]),
+    "m27_nvfp4_level": (c_int, []),
+    "m27_nvfp4_level_name": (c_char_p, [c_int]),
+    "m27_nvfp4_quantize": (None, [c_void_p, c_int, c_int64, c_float, c_int, c_void_p, c_void_p, *_ROWS]),
+    "m27_nvfp4_prepare": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, *_ROWS]),
+    "m27_nvfp4_unpack": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, *_ROWS]),
+    "m27_nvfp4_panel_bytes": (c_int64, [c_int, c_int, c_int, c_int64]),
+    "m27_nvfp4_gemm": (None, [c_int, c_void_p, c_int, *[c_int64] * 3, *[c_void_p] * 8]),
+    "m27_nvfp4_moe_words": (c_int64, [c_int64, c_int64]),
+    "m27_nvfp4_moe": (None, [c_int, c_void_p, c_int, *[c_int64] * 6, *[c_void_p] * 17]),
 }
 
 
@@ -97,6 +106,24 @@ def over_rows(call: Callable[[int, int], _T], num_rows: int, step: int, row_byte
         return [future.result() for future in futures]
     finally:
         wait(futures)  # after Ctrl-C too: the threads write to tensors that the caller is about to free
+
+
+def together(call: Callable[[], object], num_bytes: int) -> None:
+    """`call()` on as many of torch's threads as reading `num_bytes` is worth, this one among them.
+
+    For functions of the core that share their work among all who call them: one that comes late finds
+    less to do, and none is needed but the first.
+    """
+    helpers = min(torch.get_num_threads(), num_bytes // _BYTES_PER_THREAD + 1) - 1
+    if helpers < 1:
+        call()
+        return
+    pool = _pool(os.getpid(), helpers + 1)
+    futures = [pool.submit(call) for _ in range(helpers)]
+    try:
+        call()
+    finally:
+        wait([future for future in futures if not future.cancel()])  # one that has not begun is not needed
 
 
 def _absent(reason: str) -> Library:

@@ -98,4 +98,8 @@ def gemm(
 
 
 def _module(backend: Backend) -> ModuleType:
+    if backend == "cpu-native":
+        from m27quant.kernels.nvfp4_gemm import cpu
+
+        return cpu
     return reference

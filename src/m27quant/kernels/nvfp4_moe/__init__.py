@@ -219,4 +219,8 @@ def _check_routing(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, num_exp
 
 
 def _module(backend: Backend) -> ModuleType:
+    if backend == "cpu-native":
+        from m27quant.kernels.nvfp4_moe import cpu
+
+        return cpu
     return reference

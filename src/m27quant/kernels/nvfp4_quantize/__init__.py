@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from m27quant.kernels.nvfp4_pack.reference import GROUP
+from m27quant.kernels.dispatch import choose
+from m27quant.kernels.nvfp4_pack.reference import GROUP, unpack
 from m27quant.kernels.nvfp4_quantize import reference
 
 Layout = Literal["plain", "swizzled"]
@@ -34,6 +35,10 @@ def quantize(x_TK: Tensor, input_scale: Tensor, *, layout: Layout = "plain") -> 
     _check(x_TK, input_scale)
     if layout not in ("plain", "swizzled"):
         raise ValueError(f"layout must be 'plain' or 'swizzled', not {layout!r}")
+    if choose("nvfp4_quantize", x_TK.device).backend == "cpu-native":
+        from m27quant.kernels.nvfp4_quantize import cpu
+
+        return QuantizedNVFP4(*cpu.quantize(x_TK, input_scale, swizzled=layout == "swizzled"))
     codes, block_scale = reference.quantize(x_TK, input_scale)
     if layout == "swizzled":
         block_scale = reference.swizzle(block_scale)
@@ -42,8 +47,7 @@ def quantize(x_TK: Tensor, input_scale: Tensor, *, layout: Layout = "plain") -> 
 
 def fake_quantize(x_TK: Tensor, input_scale: Tensor) -> Tensor:
     """The values [T, K] that quantized activations stand for, rounded once to x's dtype; arguments as `quantize`."""
-    _check(x_TK, input_scale)
-    return reference.fake_quantize(x_TK, input_scale).to(x_TK.dtype)
+    return unpack(*quantize(x_TK, input_scale), input_scale).to(x_TK.dtype)
 
 
 def is_usable(input_scale: Tensor) -> bool:
