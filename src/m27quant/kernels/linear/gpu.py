@@ -22,7 +22,7 @@ from torch import Tensor
 
 from m27quant.kernels.bits import as_bits, bf16_bits, to_f32
 
-OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": False}
+OPTIONS = {"num_stages": 3, "enable_fp_fusion": False}
 PROGRAMS = 264
 """What is wanted of a launch: two for each of an H200's multiprocessors.  Fixed, so that no chip sums differently."""
 SUM_TILE = 1024
@@ -40,7 +40,13 @@ class Plan(NamedTuple):
 
 def plan(N: int, K: int, *, tensor_cores: bool) -> Plan:
     """How a weight [N, K] is cut."""
-    BN, BT, BK, least = (128 if N >= 2048 else 64, 64, 64, 256) if tensor_cores else (64, 32, 32, 128)
+    if not tensor_cores:
+        # 32 rows: with 64 Triton 3.6 takes the tensor cores of sm_100, and TF32 with them, whatever it is told
+        BN, BT, BK, least = 32, 32, 32, 128
+    elif K % 64:
+        BN, BT, BK, least = 64, 64, 32, 256
+    else:
+        BN, BT, BK, least = (128 if N >= 2048 else 64), 64, 64, 256
     wanted = -(-PROGRAMS // -(-N // BN))
     return Plan(BN, BT, BK, max(-(-K // wanted // least) * least, least))
 
@@ -73,9 +79,8 @@ def linear_kernel(
                 b_w = tl.load(p_w + k, mask=(o_k < K - k)[None, :], other=0)
                 b_x = tl.load(p_x + k, mask=(o_k < K - k)[:, None], other=0)
             if F32:
-                b_sum = tl.dot(to_f32(b_w), to_f32(b_x), b_sum, input_precision="ieee")
-            else:
-                b_sum = tl.dot(b_w, b_x, b_sum)
+                b_w, b_x = to_f32(b_w), to_f32(b_x)
+            b_sum = tl.dot(b_w, b_x, b_sum, input_precision="ieee")
         b_total += b_sum
     o_y = o_t.to(tl.int64)[None, :] * N + o_n[:, None]
     if SPLIT:
@@ -145,5 +150,5 @@ def _launch(x_TK: Tensor, w_NK: Tensor, y: Tensor, *, split: bool) -> None:
     linear_kernel[grid](
         as_bits(x) if f32 else x, as_bits(w) if f32 else w, as_bits(y), T, N, K, x.stride(0), w.stride(0),
         SEGMENT=segment, SPLIT=split, F32=f32, EVEN=K % BK == 0, BF16_OUT=y.dtype == torch.bfloat16,
-        BN=BN, BT=BT, BK=BK, **OPTIONS,
+        BN=BN, BT=BT, BK=BK, num_warps=BN // 16 if BN > 32 else 4, **OPTIONS,
     )  # fmt: skip
