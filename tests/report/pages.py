@@ -45,7 +45,7 @@ def report_of(layers: int, experts: int, **fields: Any) -> dict[str, Any]:
                 "v_scale": 0.003 + 0.03 * depth**2,
             }
         )
-    rows[-1]["sqnr_db"]["w2"][-1] = None  # type: ignore[index]  # a dict of dicts
+    rows[-1]["sqnr_db"]["w2"][-1] = None
     given = {
         "schema_version": 1,
         "producer": {"name": "m27quant", "version": "0.1.0"},

@@ -30,11 +30,11 @@ def blocks(facts: Facts) -> Text:
     text = Text()
     for key, value in facts.items():
         if key in BLOCKS and isinstance(value, Mapping) and value:
-            lines = _logits(value) if key == "logits" else columns(_rows(value), "  ")
+            lines = _logits(value) if key == "logits" else columns(measured_rows(value), "  ")
             text.append_text(_headed(key, lines))
-    serving = {key.removeprefix(SERVING): value for key, value in facts.items() if key.startswith(SERVING)}
-    if serving:
-        text.append_text(_headed("serving", _side_by_side(serving)))
+    head, rows = serving_table(facts)
+    if rows:
+        text.append_text(_headed("serving", _grid(head, rows)))
     return text
 
 
@@ -62,7 +62,7 @@ def _words(key: str) -> str:
     return key.removeprefix("num_").replace("_", " ")
 
 
-def _rows(facts: Facts) -> list[Row]:
+def measured_rows(facts: Facts) -> list[Row]:
     """Of one block; sizes in bytes are rounded to what people compare."""
     rows = []
     for key, value in facts.items():
@@ -95,11 +95,12 @@ def _is_table(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 
-def _side_by_side(facts: Mapping[str, Facts]) -> Text:
-    """A column for each engine."""
-    cells = {name: dict(_rows(of_engine)) for name, of_engine in facts.items()}
+def serving_table(facts: Facts) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): a column for each engine, none where serving was not asked for."""
+    engines = {key.removeprefix(SERVING): value for key, value in facts.items() if key.startswith(SERVING)}
+    cells = {name: dict(measured_rows(of_engine)) for name, of_engine in engines.items()}
     labels = list(dict.fromkeys(label for of_engine in cells.values() for label in of_engine))
-    return _grid(["", *cells], [[label, *(of.get(label, "") for of in cells.values())] for label in labels])
+    return ["", *cells], [[label, *(of.get(label, "") for of in cells.values())] for label in labels]
 
 
 def _grid(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "<") -> Text:
@@ -115,12 +116,12 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "<") 
     return text
 
 
-def _logits(facts: Facts) -> Text:
-    """What the checkpoint answers against what its source does."""
+def logits_rows(facts: Facts) -> list[Row]:
+    """What the checkpoint answers against what its source does; or why that could not be computed."""
     if "kl_mean" not in facts:
-        return columns(_rows(facts), "  ")
+        return measured_rows(facts)
     inputs = {"nvfp4": "experts' inputs in NVFP4 (W4A4)", "bf16": "experts' inputs not quantized (W4A16)"}
-    rows = [
+    return [
         (
             "text",
             f"{facts['text']}: {facts['num_tokens']:,} tokens, {facts['num_windows']:,} windows of at most "
@@ -141,11 +142,15 @@ def _logits(facts: Facts) -> Text:
             f"ratio {facts['perplexity_ratio']:.4f}",
         ),
     ]
-    text = columns(rows, "  ")
+
+
+def _logits(facts: Facts) -> Text:
+    """The figures, then layers and the worst experts."""
+    text = columns(logits_rows(facts), "  ")
     decibels = facts.get("layer_sqnr_db") or []
     lines = [
         [
-            f"layers {at}-{at + len(part) - 1}",
+            _span(at, len(part)),
             *(_decibel(v) for v in part),
             *[""] * (LAYERS_A_LINE - len(part)),
         ]

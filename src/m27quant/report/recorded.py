@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from m27quant.checkpoint.source import check_link_stays_inside
@@ -12,6 +14,7 @@ from m27quant.checkpoint.strict_json import read_object
 from m27quant.checkpoint.workspace import REPORT
 from m27quant.errors import M27Error, escape
 
+PROJECTIONS = ("w1", "w2", "w3")
 MAX_LIST = 16_384
 MAX_BYTES = 64 * 2**20
 """A report of M2.7 has 6 MB."""
@@ -159,3 +162,14 @@ def read_recorded(folder: Path) -> tuple[Recorded | None, str | None]:
         first = fault.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         return None, f"{REPORT} is not what it should be: {escape(f'{place}: ' * bool(place) + first['msg'])}"
+
+
+def quality(recorded: Recorded) -> npt.NDArray[np.float64]:
+    """SQNR in dB, [L, E, P]; NaN where a matrix is all zero."""
+    rows = [[getattr(r.sqnr_db, p) for p in PROJECTIONS] for r in recorded.layers]
+    return np.array(rows, np.float64).transpose(0, 2, 1)
+
+
+def routed(recorded: Recorded) -> npt.NDArray[np.float64]:
+    """Tokens that natural routing gave each expert, [L, E]."""
+    return np.array([r.routed_tokens for r in recorded.layers], np.float64)
