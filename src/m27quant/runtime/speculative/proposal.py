@@ -33,6 +33,19 @@ def chain(tokens: Sequence[int]) -> Proposal:
     return Proposal(list(tokens), list(range(ROOT, len(tokens) - 1)))
 
 
+def check_proposal(proposal: Proposal, max_tokens: int, vocab_size: int) -> None:
+    """Raise `ValueError` where a drafter returns what is no proposal: a fault of its code."""
+    tokens, parents = proposal
+    if len(tokens) != len(parents) or len(tokens) > max_tokens:
+        raise ValueError(
+            f"{len(tokens)} drafts with {len(parents)} parents, at most {max_tokens} were asked for"
+        )
+    if any(not ROOT <= parent < node for node, parent in enumerate(parents)):
+        raise ValueError(f"a parent has to come before its child: {parents}")
+    if any(not 0 <= token < vocab_size for token in tokens):
+        raise ValueError(f"drafts must be tokens from 0 to {vocab_size - 1}: {tokens}")
+
+
 class DraftRequest(NamedTuple):
     """One sequence that wants drafts."""
 

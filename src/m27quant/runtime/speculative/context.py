@@ -1,0 +1,81 @@
+"""What a drafter remembers: keys and values of the whole committed history of each sequence, and how they are read.
+
+Shapes: L layers, n committed positions, R query rows, S keys, H query heads, J key/value heads, C head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FIRST_CAPACITY = 256
+
+
+class ContextCache:
+    """Keys and values by sequence; drafted ones are never put here."""
+
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._shape = (num_layers, 2, num_kv_heads, head_dim)
+        self._dtype, self._device = dtype, device
+        self._buffers: dict[int, Tensor] = {}
+        self._lengths: dict[int, int] = {}
+
+    def length(self, sequence: int) -> int:
+        """Positions that are there."""
+        return self._lengths.get(sequence, 0)
+
+    def append(self, sequence: int, kv_L2mJC: Tensor) -> None:
+        """Add the m positions that follow."""
+        begin = self.length(sequence)
+        end = begin + kv_L2mJC.shape[2]
+        buffer = self._buffers.get(sequence)
+        if buffer is None or end > buffer.shape[2]:
+            layers, two, heads, dim = self._shape
+            capacity = max(FIRST_CAPACITY, end + end // 2)
+            grown = torch.empty((layers, two, capacity, heads, dim), dtype=self._dtype, device=self._device)
+            if buffer is not None:
+                grown[:, :, :begin] = buffer[:, :, :begin]
+            self._buffers[sequence] = buffer = grown
+        buffer[:, :, begin:end] = kv_L2mJC
+        self._lengths[sequence] = end
+
+    def read(self, sequence: int) -> Tensor:
+        """[L, 2, n, J, C], keys before values; a view."""
+        return self._buffers[sequence][:, :, : self._lengths[sequence]]
+
+    def forget(self, sequence: int) -> None:
+        self._buffers.pop(sequence, None)
+        self._lengths.pop(sequence, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for all sequences."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+def check_taps(sequence: int, num_tokens: int, known: int, taps: Tensor | None, width: int) -> Tensor:
+    """The new taps of a request, which must continue what is known and end before the last token.
+
+    Raises:
+        ValueError: they do not; the caller breaks the contract of `DraftRequest`.
+    """
+    expected = (num_tokens - 1 - known, width)
+    if taps is None or tuple(taps.shape) != expected:
+        shape = None if taps is None else list(taps.shape)
+        raise ValueError(
+            f"sequence {sequence}: taps of {num_tokens} tokens after {known} known positions must have shape "
+            f"{list(expected)}, not {shape}"
+        )
+    return taps
+
+
+def attend(q_RHC: Tensor, k_SJC: Tensor, v_SJC: Tensor, seen_RS: Tensor | None = None) -> Tensor:
+    """Grouped-query attention of one sequence, scale C**-0.5; keys where `seen` is False count nothing: [R, H*C]."""
+    groups = q_RHC.shape[1] // k_SJC.shape[1]
+    q, k, v = (t.transpose(0, 1)[None] for t in (q_RHC, k_SJC, v_SJC))
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_RS)
+    return out[0].transpose(0, 1).reshape(len(q_RHC), -1)
