@@ -10,6 +10,7 @@ NATIVE = "src/m27quant/kernels/_native"
 SOURCES = (
     "core",
     "fp8_dequant",
+    "linear",
     "nvfp4_dot_avx2",
     "nvfp4_dot_avx512",
     "nvfp4_dot_portable",

@@ -20,7 +20,7 @@ ENVIRONMENT_VARIABLE = "M27QUANT_KERNELS"
 _COMPILED = frozenset({"nvfp4_pack", "nvfp4_stats", "fp8_dequant", "nvfp4_quantize"})
 """Operations with a compiled CPU implementation."""
 
-_COMPILED_BY_LEVEL = frozenset({"nvfp4_gemm", "nvfp4_moe"})
+_COMPILED_BY_LEVEL = frozenset({"nvfp4_gemm", "nvfp4_moe", "linear"})
 """Those whose inner loops are written for one instruction set each."""
 
 _TRITON = frozenset({"nvfp4_pack"})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from m27quant.kernels.dispatch import choose
 from m27quant.kernels.linear import reference
 from m27quant.kernels.linear.checks import check
 
@@ -27,6 +28,15 @@ def linear(x_TK: Tensor, w_NK: Tensor, *, invariant: bool = False) -> Tensor:
         ValueError: dtypes, shapes or devices that do not fit.
     """
     check(x_TK, w_NK)
-    if invariant:
-        return reference.linear_invariant(x_TK, w_NK)
-    return reference.linear(x_TK, w_NK)
+    if not invariant:
+        return reference.linear(x_TK, w_NK)
+    backend = choose("linear", x_TK.device).backend
+    if backend == "cpu-native":
+        from m27quant.kernels.linear import cpu
+
+        return cpu.linear_invariant(x_TK, w_NK)
+    if backend == "triton":
+        from m27quant.kernels.linear import gpu
+
+        return gpu.linear_invariant(x_TK, w_NK)
+    return reference.linear_invariant(x_TK, w_NK)
