@@ -101,7 +101,7 @@ def over_rows(call: Callable[[int, int], _T], num_rows: int, step: int, row_byte
     go of the interpreter lock during a call.
     """
     steps = -(-num_rows // step)
-    parts = min(torch.get_num_threads(), steps, num_rows * row_bytes // _BYTES_PER_THREAD + 1)
+    parts = max(min(torch.get_num_threads(), steps, num_rows * row_bytes // _BYTES_PER_THREAD + 1), 1)
     cuts = [min(steps * part // parts * step, num_rows) for part in range(parts + 1)]
     if parts == 1:
         return [call(0, num_rows)]
