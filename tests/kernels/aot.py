@@ -184,7 +184,7 @@ def launches(arch: int) -> Iterator[list[Compiled]]:
     with (
         mock.patch.object(triton.runtime.driver, "_active", _Driver(arch)),
         mock.patch.object(triton.JITFunction, "run", compile_only),
-        mock.patch.object(chips, "of", lambda device: chips.chip(arch)),
+        mock.patch.object(chips, "of", return_value=chips.chip(arch)),
     ):
         yield compiled
 

@@ -24,6 +24,26 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
+def block_scales(b_amax, input_scale):
+    """E4M3 codes of block scales, int32, for the maxima of groups, and what the elements are multiplied with."""
+    S = tl.div_rn(1.0, input_scale)
+    b_code = e4m3_bits(b_amax * (S * 0.16666667163372040))  # F32(1/6)
+    b_product = e4m3_value(b_code) * tl.div_rn(1.0, S)
+    b_factor = tl.div_rn(tl.zeros_like(b_product) + 1.0, b_product)
+    return b_code, tl.where(b_factor > 3.4028234663852886e38, 3.4028234663852886e38, b_factor)
+
+
+@triton.jit
+def e2m1_magnitudes(b_y):
+    """E2M1 codes of |y| without sign, int32: to the nearest, ties to even, saturating; not of NaN."""
+    b_a = tl.abs(b_y)
+    b_u = b_a.to(tl.int32, bitcast=True)
+    b_large = ((b_u + 0x1FFFFF + ((b_u >> 22) & 1)) >> 22) - 252
+    b_small = (b_a + 4194304.0).to(tl.int32, bitcast=True) - 0x4A800000  # below 1: the ulp of 2**22 is 1/2
+    return tl.minimum(tl.where(b_a < 1.0, b_small, b_large), 7)
+
+
+@triton.jit
 def e2m1_pairs(b_y, b_sign, HARDWARE: tl.constexpr):
     """E2M1 codes of [..., 2] values, two to an int32 byte, the first in the low half.
 
@@ -41,12 +61,7 @@ def e2m1_pairs(b_y, b_sign, HARDWARE: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-    b_a = tl.abs(b_y)
-    b_u = b_a.to(tl.int32, bitcast=True)
-    b_large = ((b_u + 0x1FFFFF + ((b_u >> 22) & 1)) >> 22) - 252
-    b_small = (b_a + 4194304.0).to(tl.int32, bitcast=True) - 0x4A800000  # below 1: the ulp of 2**22 is 1/2
-    b_code = tl.minimum(tl.where(b_a < 1.0, b_small, b_large), 7) | b_sign
-    b_low, b_high = tl.split(b_code)
+    b_low, b_high = tl.split(e2m1_magnitudes(b_y) | b_sign)
     return b_low | (b_high << 4)
 
 
@@ -65,11 +80,7 @@ def nvfp4_quantize_kernel(
     b_bits = b_x.to(tl.int32, bitcast=True)
     b_amax = tl.max(b_bits & 0x7FFFFFFF, axis=2).to(tl.float32, bitcast=True)
 
-    S = tl.div_rn(1.0, tl.load(input_scale))
-    b_code = e4m3_bits(b_amax * (S * 0.16666667163372040))  # F32(1/6)
-    b_product = e4m3_value(b_code) * tl.div_rn(1.0, S)
-    b_factor = tl.div_rn(tl.zeros_like(b_product) + 1.0, b_product)
-    b_factor = tl.where(b_factor > 3.4028234663852886e38, 3.4028234663852886e38, b_factor)
+    b_code, b_factor = block_scales(b_amax, tl.load(input_scale))
     b_y = tl.reshape(b_x * b_factor[:, :, None], (BT, BG, 8, 2))
     b_sign = tl.reshape((b_bits >> 28) & 8, (BT, BG, 8, 2))
     b_bytes = e2m1_pairs(b_y, b_sign, HARDWARE)
