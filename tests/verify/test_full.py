@@ -133,9 +133,9 @@ def test_a_source_of_another_size(pairs: dict[str, tuple[Path, Path]], tmp_path:
 def test_experts_that_do_not_arrive_in_one_piece(
     pairs: dict[str, tuple[Path, Path]], most_held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from m27quant.verify import source
+    from m27quant.verify import experts
 
-    monkeypatch.setattr(source, "MOST_HELD", most_held)
+    monkeypatch.setattr(experts, "MOST_HELD", most_held)
     monkeypatch.setattr(stream, "RUN_BYTES", 1024)
     result = full(pairs["fp8"][1], pairs["fp8"][0])
     assert result.findings == ()

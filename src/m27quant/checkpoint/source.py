@@ -159,10 +159,13 @@ class Source:
                 f"{escape(self.folder)}: tensor '{escape(name)}' is missing", hint=DAMAGED
             ) from None
 
-    def read(self, name: str) -> torch.Tensor:
-        """The whole tensor on the CPU, bit for bit as it is stored."""
+    def read(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The whole tensor on the CPU, bit for bit as it is stored.
+
+        It lies in `out` where that is given, U8 [n] of at least its size: fresh memory costs more than reading.
+        """
         info = self.info(name)
-        return self._typed(self.read_raw(info), info, info.shape)
+        return self._typed(self.read_raw(info, out=out), info, info.shape)
 
     def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
         """Rows [begin, end) along the first dimension."""
@@ -171,12 +174,14 @@ class Source:
         raw = self.read_raw(info, begin * row_bytes, (end - begin) * row_bytes)
         return self._typed(raw, info, (end - begin, *info.shape[1:]))
 
-    def read_raw(self, info: TensorInfo, offset: int = 0, nbytes: int | None = None) -> torch.Tensor:
-        """`nbytes` bytes (U8 [nbytes]) of a tensor from `offset` within it."""
+    def read_raw(
+        self, info: TensorInfo, offset: int = 0, nbytes: int | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`nbytes` bytes (U8 [nbytes]) of a tensor from `offset` within it, at the beginning of `out` if given."""
         import torch
 
         count = info.nbytes - offset if nbytes is None else nbytes
-        raw = torch.empty(count, dtype=torch.uint8)
+        raw = torch.empty(count, dtype=torch.uint8) if out is None else out[:count]
         if count:
             pread_exactly(self._open(info.path), byte_view(raw), info.start + offset, escape(info.path))
         return raw

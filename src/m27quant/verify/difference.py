@@ -15,8 +15,8 @@ import torch
 from m27quant.checkpoint import names
 from m27quant.checkpoint.source import Source
 from m27quant.kernels import fp8_dequant, nvfp4_pack
-from m27quant.kernels.nvfp4_pack import PackedNVFP4
-from m27quant.kernels.nvfp4_pack.reference import bf16_rows
+from m27quant.kernels.nvfp4_pack import PackedNVFP4, SquaredError
+from m27quant.kernels.nvfp4_pack.reference import bf16_rows, global_scale
 from m27quant.pack import Naming
 
 Kind = Literal[
@@ -71,14 +71,17 @@ class Outcome:
 
 def diagnose(source: Source, m: Matrix, amax: torch.Tensor) -> Outcome:
     """Quantize again under `amax`, the largest magnitude of the matrices that share a global scale."""
+    if torch.equal(m.packed.weight_scale_2, global_scale(amax)):
+        with Naming(m.module):
+            error = nvfp4_pack.exact_error(m.weight, m.scale_inv, m.packed, block=m.block)
+        if error is not None:
+            return Outcome(m.module, m.layer, "exact", _decibels(error))
     with Naming(m.module):
         again = nvfp4_pack.pack(m.weight, m.scale_inv, amax=amax, block=m.block)
     same_codes = same_bytes(m.packed.weight, again.weight)
     same_scales = same_bytes(m.packed.weight_scale, again.weight_scale)
     same_global = bool(m.packed.weight_scale_2 == again.weight_scale_2)
     sqnr_db = _sqnr_db(m, m.packed)
-    if same_codes and same_scales and same_global:
-        return Outcome(m.module, m.layer, "exact", sqnr_db)
     here, there = float(m.packed.weight_scale_2), float(again.weight_scale_2)
     of_globals = f"weight_scale_2 is {here:.7g}, the source gives {there:.7g}"
     if same_codes and same_scales:
@@ -146,7 +149,10 @@ def unswizzle(scale_NG: torch.Tensor) -> torch.Tensor:
 
 
 def _sqnr_db(m: Matrix, packed: PackedNVFP4) -> float | None:
-    error = nvfp4_pack.squared_error(m.weight, m.scale_inv, packed, block=m.block)
+    return _decibels(nvfp4_pack.squared_error(m.weight, m.scale_inv, packed, block=m.block))
+
+
+def _decibels(error: SquaredError) -> float | None:
     if not error.signal and not error.noise:
         return None
     if not error.signal or not math.isfinite(error.noise):
