@@ -1,0 +1,428 @@
+"""Paged attention in Triton: one kernel for prefill, decoding and draft trees, and one that joins chunks.
+
+A program has some rows of one key/value head: ROWS query tokens times their G query heads, as the M side of the
+products.  It walks over each sequence's keys in tiles; rows of one sequence share a tile.  Where a row's list ends in a
+tail of its own, its last tiles are walked for it alone, with the same instructions on the same shapes, so that it does
+not matter whether a key came through the block table or the tail.
+
+A row's keys are cut into chunks by their place in its list: 16 chunks of BASE keys, 16 of twice as many, and so on.
+Every chunk has its own softmax, and chunks are merged in order: by the joining kernel, where chunks are spread over
+programs (few rows), or at once in the same program (many).  Both merge by the same operations.  With `invariant` BASE
+and tiles are fixed, and rows of other lists in a tile add exact zeros: a row's bits depend on its own list alone.
+
+Values: an FP8 cache is multiplied in F16, which holds every E4M3 number; queries are brought to F16 under a power of
+two of their row, probabilities are rounded to F16.  A BF16 cache is multiplied in BF16, with probabilities in BF16.
+Anything in F32 is computed in true F32.  Sums, scores and softmax are F32 in any case.
+
+In the kernels: b_ a tile, o_ offsets, m_ a mask; BM rows times heads, GP heads of a group, BK keys, CP head_dim, XP tail
+(powers of two).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m27quant.kernels import chip
+from m27quant.kernels.bits import as_bits, bf16_bits, e4m3_bits, to_f32
+
+OPTIONS = {"enable_fp_fusion": False}
+LOG2_E = 1.4426950408889634
+CHUNKS_OF_A_SIZE = 16
+PROGRAMS = 264
+"""With fewer programs than this the keys are spread over more."""
+PARTS_BYTES = 256 << 20
+"""More than this is not kept for chunks; a long enough launch has programs enough."""
+
+
+@triton.jit
+def write_kv_kernel(
+    k, v, k_cache, v_cache, slots, k_scale, v_scale,
+    k_stride_t, k_stride_j, v_stride_t, v_stride_j, J, C,
+    COPY: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Token program_id(0) into its slot of both caches [slots, J, C]; BF16 as int16, E4M3 as uint8."""
+    t = tl.program_id(0)
+    slot = tl.load(slots + t)
+    o_j, o_c = tl.arange(0, BJ)[:, None], tl.arange(0, BC)[None, :]
+    m = (o_j < J) & (o_c < C) & (slot >= 0)
+    o_cache = slot * J * C + o_j * C + o_c
+    b_k = tl.load(k + t.to(tl.int64) * k_stride_t + o_j * k_stride_j + o_c, mask=m, other=0)
+    b_v = tl.load(v + t.to(tl.int64) * v_stride_t + o_j * v_stride_j + o_c, mask=m, other=0)
+    if not COPY:
+        b_k, b_v = to_f32(b_k), to_f32(b_v)
+        if k_cache.dtype.element_ty == tl.uint8:
+            b_k = e4m3_bits(tl.div_rn(b_k, tl.zeros_like(b_k) + tl.load(k_scale))).to(tl.uint8)
+            b_v = e4m3_bits(tl.div_rn(b_v, tl.zeros_like(b_v) + tl.load(v_scale))).to(tl.uint8)
+        if k_cache.dtype.element_ty == tl.int16:
+            b_k, b_v = bf16_bits(b_k), bf16_bits(b_v)
+    tl.store(k_cache + o_cache, b_k, mask=m)
+    tl.store(v_cache + o_cache, b_v, mask=m)
+
+
+@triton.jit
+def chunk_start(chunk, BASE: tl.constexpr):
+    """The first key of a chunk."""
+    return ((16 << (chunk // 16)) - 16 + ((chunk % 16) << (chunk // 16))) * BASE
+
+
+@triton.jit
+def num_chunks(keys, BASE: tl.constexpr):
+    """How many chunks hold some keys."""
+    last = (keys + BASE - 1) // BASE - 1
+    level = ((last // 16 + 1).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+    return tl.where(keys > 0, level * 16 + ((last - (16 << level) + 16) >> level) + 1, 0)
+
+
+@triton.jit
+def merged(b_m, b_l, b_acc, b_m2, b_l2, b_acc2):
+    """Two softmax sums with their maxima (base 2) as one; rows on the first side, -inf and zeros where empty."""
+    b_top = tl.maximum(b_m, b_m2)
+    b_ref = tl.where(b_top == float("-inf"), 0.0, b_top)
+    b_a, b_b = tl.exp2(b_m - b_ref), tl.exp2(b_m2 - b_ref)
+    return b_top, b_l * b_a + b_l2 * b_b, b_acc * b_a[:, None] + b_acc2 * b_b[:, None]
+
+
+@triton.jit
+def _factor(b, F16: tl.constexpr):
+    """Cache entries as a factor of a product: F32, BF16 as it is, or F16 from E4M3."""
+    if not F16:
+        return b
+    if b.dtype == tl.uint8:
+        b_h = b.to(tl.int16)
+        b_v = (((b_h & 0x80) << 8) | ((b_h & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
+        return tl.where((b_h & 0x7F) == 0x7F, float("nan"), b_v).to(tl.float16)
+    return b.to(tl.float16)
+
+
+@triton.jit
+def _attend(
+    b_q, b_scale, b_m, b_l, b_acc, k_cache, v_cache, o_slot, m_key, o_key, b_end,
+    C: tl.constexpr, STRIDE: tl.constexpr, F16: tl.constexpr, F32: tl.constexpr, CP: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys into the running softmax; row m sees the keys before b_end[m]."""
+    o_c = tl.arange(0, CP)
+    o_cache = o_slot[:, None] * STRIDE + o_c[None, :]
+    m_cache = m_key[:, None] & (o_c < C)[None, :]
+    b_k = tl.load(k_cache + o_cache, mask=m_cache, other=0)
+    b_v = tl.load(v_cache + o_cache, mask=m_cache, other=0)
+    if F32:
+        b_k, b_v = to_f32(b_k), to_f32(b_v)
+    b_k, b_v = _factor(b_k, F16), _factor(b_v, F16)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_scale[:, None]
+    b_s = tl.where(o_key[None, :] < b_end[:, None], b_s, float("-inf"))
+    b_top = tl.maximum(b_m, tl.max(b_s, axis=1))
+    b_ref = tl.where(b_top == float("-inf"), 0.0, b_top)
+    b_p = tl.exp2(b_s - b_ref[:, None])
+    b_a = tl.exp2(b_m - b_ref)
+    b_l = b_l * b_a + tl.sum(b_p, axis=1)
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_a[:, None], input_precision="ieee")
+    return b_top, b_l, b_acc
+
+
+@triton.jit
+def attention_kernel(
+    q, k_cache, v_cache, table, sequence, context, tail, k_scale, v_scale, y, part_ml, part_acc,
+    T, B, X, chunks, stride_t, stride_h, softmax_scale,
+    J: tl.constexpr, G: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BASE: tl.constexpr,
+    SPLIT: tl.constexpr, TAIL: tl.constexpr, FP8: tl.constexpr, F16: tl.constexpr, F32: tl.constexpr,
+    BF16_OUT: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr,
+    CP: tl.constexpr, XP: tl.constexpr,
+):  # fmt: skip
+    """`y` [T, H, C]; with SPLIT chunk program_id(2): `part_ml` F32 [T, H, chunks, 2], `part_acc` [T, H, chunks, C]."""
+    H: tl.constexpr = J * G
+    STRIDE: tl.constexpr = J * C
+    # the rows with most keys come last in a prefill: start with them
+    t_first = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    j = tl.program_id(1)
+    o_m = tl.arange(0, BM)
+    o_r = o_m // GP
+    o_t = t_first + o_r
+    m_m = (o_r < ROWS) & (o_t < T) & (o_m % GP < G)
+    b_sequence = tl.load(sequence + o_t, mask=m_m, other=-1).to(tl.int32)
+    b_context = tl.load(context + o_t, mask=m_m, other=0).to(tl.int32)
+    b_shared, b_len = b_context, b_context
+    if TAIL:
+        b_tail = tail_length(tail, o_t, m_m, X, XP)
+        b_len = b_context + b_tail
+        b_shared = tl.where(b_tail > 0, b_context // BK * BK, b_context)
+    first, end = 0, num_chunks(tl.max(b_len, axis=0), BASE)
+    if SPLIT:
+        first = tl.program_id(2)
+        if first >= end:
+            return
+        end = first + 1
+
+    o_c = tl.arange(0, CP)
+    h = j * G + o_m % GP
+    o_q = o_t.to(tl.int64)[:, None] * stride_t + h[:, None] * stride_h + o_c[None, :]
+    b_q = tl.load(q + o_q, mask=m_m[:, None] & (o_c < C)[None, :], other=0)
+    b_scale = tl.zeros((BM,), tl.float32) + softmax_scale
+    if FP8:
+        b_scale *= tl.load(k_scale)
+    if F32:
+        b_q = to_f32(b_q)
+    if F16:
+        b_q, b_power = _to_f16(to_f32(b_q))
+        b_scale *= b_power
+    k_cache += j * C
+    v_cache += j * C
+
+    b_m = tl.full((BM,), float("-inf"), tl.float32)
+    b_l = tl.zeros((BM,), tl.float32)
+    b_acc = tl.zeros((BM, CP), tl.float32)
+    for chunk in range(first, end):
+        start, stop = chunk_start(chunk, BASE), chunk_start(chunk + 1, BASE)
+        c_m = tl.full((BM,), float("-inf"), tl.float32)
+        c_l = tl.zeros((BM,), tl.float32)
+        c_acc = tl.zeros((BM, CP), tl.float32)
+        for r in range(ROWS):
+            s = tl.load(sequence + tl.minimum(t_first + r, T - 1)).to(tl.int32)
+            b_same = m_m & (b_sequence == s)
+            b_end = tl.where(b_same, tl.minimum(b_shared, stop), 0)
+            # a sequence is walked once, for the first of its rows
+            mine = (t_first + r < T) & (tl.min(tl.where(b_same, o_r, BM), axis=0) == r)
+            hi = tl.where(mine, tl.max(b_end, axis=0), 0)
+            for k0 in range(start, hi, BK):
+                o_key = k0 + tl.arange(0, BK)
+                m_key = o_key < hi
+                o_slot = table_slots(table, s, B, o_key, m_key, PAGE)
+                c_m, c_l, c_acc = _attend(
+                    b_q, b_scale, c_m, c_l, c_acc, k_cache, v_cache, o_slot, m_key, o_key, b_end,
+                    C, STRIDE, F16, F32, CP,
+                )  # fmt: skip
+        if TAIL:
+            for r in range(ROWS):
+                t = tl.minimum(t_first + r, T - 1)
+                s = tl.load(sequence + t).to(tl.int32)
+                n = tl.load(context + t).to(tl.int32)
+                keys = tl.max(tl.where(o_r == r, b_len, 0), axis=0)
+                hi = tl.where(keys > n, tl.minimum(keys, stop), 0)
+                b_end = tl.where(o_r == r, hi, 0)
+                for k0 in range(tl.maximum(start, n // BK * BK), hi, BK):
+                    o_key = k0 + tl.arange(0, BK)
+                    m_key = o_key < hi
+                    o_slot = table_slots(table, s, B, o_key, m_key & (o_key < n), PAGE)
+                    o_tail = t.to(tl.int64) * X + o_key - n
+                    b_own = tl.load(tail + o_tail, mask=m_key & (o_key >= n), other=0).to(tl.int64)
+                    o_slot = tl.where(o_key < n, o_slot, b_own)
+                    c_m, c_l, c_acc = _attend(
+                        b_q, b_scale, c_m, c_l, c_acc, k_cache, v_cache, o_slot, m_key, o_key, b_end,
+                        C, STRIDE, F16, F32, CP,
+                    )  # fmt: skip
+        b_m, b_l, b_acc = merged(b_m, b_l, b_acc, c_m, c_l, c_acc)
+
+    o_y = o_t.to(tl.int64) * H + h
+    if SPLIT:
+        o_y = o_y * chunks + first
+        m_m = m_m & (chunk_start(first, BASE) < b_len)
+        tl.store(part_ml + o_y * 2, b_m, mask=m_m)
+        tl.store(part_ml + o_y * 2 + 1, b_l, mask=m_m)
+        tl.store(part_acc + o_y[:, None] * C + o_c[None, :], b_acc, mask=m_m[:, None] & (o_c < C)[None, :])
+    else:
+        b_y = finished(b_l, b_acc, b_len, v_scale, FP8)
+        b_y = bf16_bits(b_y) if BF16_OUT else b_y
+        tl.store(y + o_y[:, None] * C + o_c[None, :], b_y, mask=m_m[:, None] & (o_c < C)[None, :])
+
+
+@triton.jit
+def tail_length(tail, o_t, m_t, X, XP: tl.constexpr):
+    """How many slots each row's tail has before its first -1."""
+    o_x = tl.arange(0, XP)
+    o_tail = o_t.to(tl.int64)[:, None] * X + o_x[None, :]
+    b_tail = tl.load(tail + o_tail, mask=m_t[:, None] & (o_x < X)[None, :], other=-1)
+    return tl.min(tl.where(b_tail < 0, o_x[None, :], XP), axis=1)
+
+
+@triton.jit
+def table_slots(table, s, B, o_key, m_key, PAGE: tl.constexpr):
+    """The slots (int64) of positions of sequence s."""
+    b_block = tl.load(table + s.to(tl.int64) * B + o_key // PAGE, mask=m_key, other=0)
+    return b_block.to(tl.int64) * PAGE + o_key % PAGE
+
+
+@triton.jit
+def _to_f16(b_q):
+    """Rows in F16 with a largest magnitude from 1 to 4, and the power of two that each was divided by."""
+    b_field = tl.max(b_q.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1) >> 23
+    b_field = tl.where(
+        b_field > 253, tl.where(b_field == 255, 127, 253), b_field
+    )  # Inf and NaN stay what they are
+    b_down = ((254 - b_field) << 23).to(tl.float32, bitcast=True)
+    return (b_q * b_down[:, None]).to(tl.float16), (b_field << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def finished(b_l, b_acc, b_len, v_scale, FP8: tl.constexpr):
+    """Softmax sums to results; zeros for rows without keys."""
+    b_y = tl.div_rn(b_acc, tl.zeros_like(b_acc) + b_l[:, None])
+    if FP8:
+        b_y *= tl.load(v_scale)
+    return tl.where((b_len > 0)[:, None], b_y, 0.0)
+
+
+@triton.jit
+def join_kernel(
+    part_ml, part_acc, context, tail, v_scale, y, X, chunks,
+    H: tl.constexpr, C: tl.constexpr, BASE: tl.constexpr, TAIL: tl.constexpr, FP8: tl.constexpr,
+    BF16_OUT: tl.constexpr, BH: tl.constexpr, CP: tl.constexpr, XP: tl.constexpr,
+):  # fmt: skip
+    """Merge the chunks of BH heads of row program_id(0)."""
+    t = tl.program_id(0)
+    o_h, o_c = tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, CP)
+    m_h = o_h < H
+    m_hc = m_h[:, None] & (o_c < C)[None, :]
+    b_len = tl.zeros((BH,), tl.int32) + tl.load(context + t).to(tl.int32)
+    if TAIL:
+        b_len += tail_length(tail, t + tl.zeros((BH,), tl.int32), o_h >= 0, X, XP)
+    o = (t.to(tl.int64) * H + o_h) * chunks
+    b_m = tl.full((BH,), float("-inf"), tl.float32)
+    b_l = tl.zeros((BH,), tl.float32)
+    b_acc = tl.zeros((BH, CP), tl.float32)
+    for _ in range(num_chunks(tl.max(b_len, axis=0), BASE)):
+        c_m = tl.load(part_ml + o * 2, mask=m_h, other=float("-inf"))
+        c_l = tl.load(part_ml + o * 2 + 1, mask=m_h, other=0.0)
+        c_acc = tl.load(part_acc + o[:, None] * C + o_c[None, :], mask=m_hc, other=0.0)
+        b_m, b_l, b_acc = merged(b_m, b_l, b_acc, c_m, c_l, c_acc)
+        o += 1
+    b_y = finished(b_l, b_acc, b_len, v_scale, FP8)
+    o_y = (t.to(tl.int64) * H + o_h)[:, None] * C + o_c[None, :]
+    tl.store(y + o_y, bf16_bits(b_y) if BF16_OUT else b_y, mask=m_hc)
+
+
+def write_kv(
+    k_TJC: Tensor,
+    v_TJC: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots_T: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+) -> None:
+    """See `reference.write_kv`."""
+    T, J, C = k_TJC.shape
+    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k_TJC, v_TJC))
+    if k.dtype != v.dtype:
+        k, v = k.float(), v.float()
+    if T:
+        BJ, BC = triton.next_power_of_2(J), triton.next_power_of_2(C)
+        write_kv_kernel[(T,)](
+            *map(as_bits, (k, v, k_cache, v_cache)), slots_T.contiguous(), k_scale, v_scale,
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1), J, C,
+            COPY=k.dtype == k_cache.dtype, BJ=BJ, BC=BC, num_warps=min(max(BJ * BC // 512, 1), 8), **OPTIONS,
+        )  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """How a launch is cut; the invariant one depends on shapes of the model and dtypes alone, but for ROWS and split."""
+
+    BM: int
+    BK: int
+    ROWS: int
+    BASE: int
+    chunks: int
+    split: bool
+    num_warps: int
+    num_stages: int
+
+
+def plan(T: int, S: int, J: int, G: int, C: int, keys: int, *, f32: bool, invariant: bool) -> Plan:
+    """Tiles for T rows of S sequences, of which none has more than `keys` keys."""
+    GP = triton.next_power_of_2(G)
+    rows = triton.next_power_of_2(-(-T // max(S, 1)))
+    if f32:  # 32 rows: with 64 Triton 3.6 takes the tensor cores of sm_100, and TF32 with them, whatever it is told
+        BM, BK, warps, stages = 32, 32, 4, 1
+    elif invariant or 16 < rows * GP <= 64:
+        BM, BK, warps, stages = 64, 64, 4, 2
+    elif rows * GP <= 16:
+        BM, BK, warps, stages = 16, 64, 4, 3
+    else:
+        BM, BK, warps, stages = 128, 64, 8, 2
+    BM = max(BM, GP)
+    ROWS = min(BM // GP, rows)
+    BASE = 256
+    programs = triton.cdiv(T, ROWS) * J
+    chunks = _num_chunks(keys, BASE)
+    parts = T * J * G * chunks * (C + 2) * 4
+    split = programs < PROGRAMS and chunks > 1 and parts <= PARTS_BYTES
+    if not split and not invariant:
+        BASE = 1 << 26  # one chunk
+    return Plan(BM, BK, ROWS, BASE, chunks, split, warps, stages)
+
+
+def _num_chunks(keys: int, BASE: int) -> int:
+    """`num_chunks` on the host."""
+    last = -(-keys // BASE) - 1
+    level = (last // CHUNKS_OF_A_SIZE + 1).bit_length() - 1
+    return level * 16 + ((last - (16 << level) + 16) >> level) + 1 if keys > 0 else 0
+
+
+def attention(
+    q_THC: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table_SB: Tensor,
+    sequence_T: Tensor,
+    context_T: Tensor,
+    tail_TX: Tensor | None,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    softmax_scale: float,
+    *,
+    invariant: bool = False,
+) -> Tensor:
+    """See `reference.attention`; sizes of the launch come from shapes alone, so that a CUDA graph can hold it."""
+    T, H, C = q_THC.shape
+    page, J = k_cache.shape[1:3]
+    S, B = block_table_SB.shape
+    X = 0 if tail_TX is None else tail_TX.shape[1]
+    y = torch.empty((T, H, C), dtype=q_THC.dtype, device=q_THC.device)
+    if not y.numel():
+        return y
+    q = q_THC if q_THC.stride(2) == 1 else q_THC.contiguous()
+    interpreted = q.device.type == "cpu"
+    fp8 = k_cache.dtype == torch.float8_e4m3fn
+    f16 = fp8 and q.dtype == torch.bfloat16
+    f32 = not f16 and (interpreted or not q.dtype == k_cache.dtype == torch.bfloat16)
+    native_fp8 = f16 and not interpreted and chip.of(q.device).arch >= 89
+    p = plan(T, S, J, H // J, C, B * page + X, f32=f32, invariant=invariant)
+    chunks = p.chunks if p.split else 0
+    part_ml = torch.empty((T, H, chunks, 2), dtype=torch.float32, device=q.device)
+    part_acc = torch.empty((T, H, chunks, C), dtype=torch.float32, device=q.device)
+    rows = [x.contiguous() for x in (sequence_T, context_T, context_T if tail_TX is None else tail_TX)]
+    both: dict[str, Any] = {
+        "BASE": p.BASE,
+        "TAIL": X > 0,
+        "FP8": fp8,
+        "BF16_OUT": y.dtype == torch.bfloat16,
+        "C": C,
+    }
+    both |= {"CP": max(triton.next_power_of_2(C), 16), "XP": triton.next_power_of_2(max(X, 1))}
+    caches = (k_cache, v_cache) if native_fp8 or not (fp8 or f32) else (as_bits(k_cache), as_bits(v_cache))
+    attention_kernel[(triton.cdiv(T, p.ROWS), J, max(chunks, 1))](
+        q if not (f32 or f16) else as_bits(q), *caches, block_table_SB.contiguous(), *rows, k_scale, v_scale,
+        as_bits(y), part_ml, part_acc, T, B, X, chunks, q.stride(0), q.stride(1), softmax_scale * LOG2_E,
+        J=J, G=H // J, PAGE=page, SPLIT=p.split, F16=f16, F32=f32, ROWS=p.ROWS, BM=p.BM,
+        GP=triton.next_power_of_2(H // J), BK=p.BK, num_warps=p.num_warps, num_stages=p.num_stages, **both, **OPTIONS,
+    )  # fmt: skip
+    if p.split:
+        BH = 4
+        join_kernel[(T, triton.cdiv(H, BH))](
+            part_ml,
+            part_acc,
+            *rows[1:],
+            v_scale,
+            as_bits(y),
+            X,
+            chunks,
+            H=H,
+            BH=BH,
+            num_warps=4,
+            **both,
+            **OPTIONS,
+        )
+    return y
