@@ -4,6 +4,8 @@
 >>> m27quant.quantize_checkpoint("MiniMaxAI/MiniMax-M2.7", "m27-nvfp4")  # doctest: +SKIP
 >>> m27quant.verify_checkpoint("m27-nvfp4").ok  # doctest: +SKIP
 True
+>>> llm = m27quant.load("m27-nvfp4")  # doctest: +SKIP
+>>> print(llm.generate("def fib(n):")[0].text)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -14,8 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from m27quant.checkpoint.overview import Overview, inspect_checkpoint
     from m27quant.estimate import DryRun, dry_run
+    from m27quant.llm import load
     from m27quant.prepare import Options
     from m27quant.quantize import QuantizeResult, quantize_checkpoint
+    from m27quant.runtime.api import LLM, GenerateResult, StreamEvent
+    from m27quant.runtime.generation import SamplingParams
+    from m27quant.runtime.options import RunOptions
     from m27quant.verify.findings import VerifyResult
     from m27quant.verify.run import verify_checkpoint
 
@@ -24,9 +30,15 @@ __version__ = "0.1.0"
 _LAZY = {
     "DryRun": "m27quant.estimate",
     "dry_run": "m27quant.estimate",
+    "GenerateResult": "m27quant.runtime.api",
+    "LLM": "m27quant.runtime.api",
+    "load": "m27quant.llm",
     "Options": "m27quant.prepare",
     "Overview": "m27quant.checkpoint.overview",
     "QuantizeResult": "m27quant.quantize",
+    "RunOptions": "m27quant.runtime.options",
+    "SamplingParams": "m27quant.runtime.generation",
+    "StreamEvent": "m27quant.runtime.api",
     "VerifyResult": "m27quant.verify.findings",
     "inspect_checkpoint": "m27quant.checkpoint.overview",
     "quantize_checkpoint": "m27quant.quantize",
@@ -34,14 +46,20 @@ _LAZY = {
 }
 
 __all__ = [
+    "LLM",
     "DryRun",
+    "GenerateResult",
     "Options",
     "Overview",
     "QuantizeResult",
+    "RunOptions",
+    "SamplingParams",
+    "StreamEvent",
     "VerifyResult",
     "__version__",
     "dry_run",
     "inspect_checkpoint",
+    "load",
     "quantize_checkpoint",
     "verify_checkpoint",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 from m27quant.checkpoint import names
 from m27quant.checkpoint.config import M2Config, parse_config
+from m27quant.checkpoint.hub import Location
 from m27quant.checkpoint.layout import PLAIN, plain_tensors, raise_for, stop_early, tensor_problem
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.strict_json import read_object
@@ -69,6 +70,18 @@ class QuantizedSource(Source):
         info = self.tensors.get(name)
         shape = info.shape if info is not None and info.shape in SCALARS else ()
         return tensor_problem(self, name, ("F32",), shape)
+
+
+def open_checkpoint(location: Location) -> Source:
+    """An FP8 or BF16 source, or an NVFP4 checkpoint, by what its config.json says.
+
+    Raises:
+        CheckpointError: a file that is unreadable or damaged.
+        EnvironmentFault: a file that cannot be read.
+    """
+    section = read_object(location.folder / "config.json").get("quantization_config")
+    plain = section is None or (isinstance(section, dict) and section.get("quant_method") == "fp8")
+    return Source(location) if plain else QuantizedSource(location)
 
 
 def same_model(ours: M2Config, theirs: M2Config) -> None:

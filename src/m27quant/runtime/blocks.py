@@ -14,8 +14,8 @@ from itertools import takewhile
 class Blocks:
     """The allocator: numbers of blocks, no tensor."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
+    def __init__(self, num_blocks: int, block_size: int, *, reusing: bool = True) -> None:
+        self.num_blocks, self.block_size, self._reusing = num_blocks, block_size, reusing
         self._holders = [0] * num_blocks
         self._hash: list[bytes | None] = [None] * num_blocks
         self._known: dict[bytes, int] = {}
@@ -53,7 +53,7 @@ class Blocks:
 
     def publish(self, block: int, hash_: bytes) -> None:
         """A block is full and computed: others may reuse it.  Of two alike the first is kept."""
-        if self._hash[block] is None and hash_ not in self._known:
+        if self._reusing and self._hash[block] is None and hash_ not in self._known:
             self._hash[block] = hash_
             self._known[hash_] = block
 

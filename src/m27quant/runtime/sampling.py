@@ -22,6 +22,10 @@ HEAD_CANDIDATES = 1024
 """Without top-k, top-p looks at so many candidates first: sorting the whole vocabulary is seldom needed."""
 
 
+NO_CHOICE = -1
+"""In place of a token where logits are NaN or infinite."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """What a row of logits is the successor of."""
@@ -42,11 +46,15 @@ def uniform(seed: int, position: int) -> float:
 
 
 def choose(logits_RV: Tensor, rows: Sequence[Row]) -> list[int]:
-    """One token for each row of F32 logits."""
-    greedy = logits_RV.argmax(dim=-1).tolist()  # ties go to the lower id
+    """One token for each row of F32 logits, or `NO_CHOICE`."""
+    if not rows:
+        return []
+    largest, argmax = logits_RV.max(dim=-1)  # of equals the first; a NaN is the largest
+    greedy = torch.where(largest.isfinite(), argmax, NO_CHOICE).tolist()
+    plain = [row.params.is_greedy and not _is_adjusted(row) for row in rows]
     return [
-        _choose(logits_V, row) if not row.params.is_greedy or _is_adjusted(row) else greedy[index]
-        for index, (logits_V, row) in enumerate(zip(logits_RV, rows, strict=True))
+        token if plain[index] or token == NO_CHOICE else _choose(logits_RV[index], rows[index])
+        for index, token in enumerate(greedy)
     ]
 
 

@@ -7,11 +7,10 @@ chunks, does not hold them up.  Where blocks run out the youngest sequence gives
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from m27quant.runtime.blocks import Blocks, extend_hashes
-from m27quant.runtime.sequence import FinishReason, Sequence
+from m27quant.runtime.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +21,11 @@ class Scheduled:
     begin: int
     end: int
     num_drafts: int
-    """Drafted tokens that there is room for behind them."""
-
-    @property
-    def is_last(self) -> bool:
-        """The step gives the next token."""
-        return self.end == len(self.sequence.tokens)
+    """Drafted tokens that there is use and room for behind them."""
+    is_last: bool
+    """The step gives the next token."""
+    is_decoding: bool
+    """It does nothing else."""
 
 
 class Scheduler:
@@ -41,8 +39,7 @@ class Scheduler:
         self.num_draft_tokens = num_draft_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.preempted: list[Sequence] = []
-        """Since they were last asked for: who keeps state of them has to forget it."""
+        self._preempted: list[Sequence] = []
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -59,7 +56,7 @@ class Scheduler:
             if budget and sequence in self.running:  # it may have been preempted by an older one
                 budget -= self._schedule(sequence, budget, batch)
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            if self.preempted or not self._admit(self.waiting[0]):
+            if self._preempted or not self._admit(self.waiting[0]):
                 break
             sequence = self.waiting.popleft()
             self.running.append(sequence)
@@ -75,18 +72,18 @@ class Scheduler:
             self.blocks.publish(sequence.blocks[index], sequence.hashes[index])
             sequence.num_published = index + 1
 
-    def finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+    def take_preempted(self) -> list[Sequence]:
+        """Sequences that lost their cache since this was last asked."""
+        taken, self._preempted = self._preempted, []
+        return taken
+
+    def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is."""
-        sequence.finish_reason, sequence.error = reason, error
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
         self._free(sequence)
-
-    def sequences(self) -> Iterable[Sequence]:
-        """All that are not finished."""
-        return [*self.running, *self.waiting]
 
     def _schedule(self, sequence: Sequence, budget: int, batch: list[Scheduled]) -> int:
         """Add a sequence's part to the batch; returns its tokens, 0 where it had to give way."""
@@ -95,7 +92,8 @@ class Scheduler:
         if not self._make_room(sequence, end):
             return 0
         num_drafts = self._room_for_drafts(sequence, min(budget - 1, self.num_draft_tokens))
-        batch.append(Scheduled(sequence, begin, end, num_drafts))
+        is_last = end == len(sequence.tokens)
+        batch.append(Scheduled(sequence, begin, end, num_drafts, is_last, sequence.is_decoding))
         return end - begin + num_drafts
 
     def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -140,7 +138,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self._free(sequence)
         sequence.timing.num_preemptions += 1
-        self.preempted.append(sequence)
+        self._preempted.append(sequence)
 
     def _free(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.blocks)
