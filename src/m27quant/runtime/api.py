@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ class LLM:
             UsageError: as `generate`.
         """
         settings = self.generation.complete(params or SamplingParams(), self.model.config.vocab_size)
-        ids = self._encode(prompt)
+        ids = self.encode(prompt)
         number, self._number = self._number, self._number + 1
         room = self.max_model_len - len(ids)
         sequence = Running(
@@ -210,6 +211,19 @@ class LLM:
             stats=request_stats(request),
         )
 
+    @contextmanager
+    def without_drafter(self) -> Iterator[None]:
+        """Within the block nothing is drafted; taps are kept up, so that the drafter finds its way again behind it."""
+        drafter, self.engine.drafter = self.engine.drafter, None
+        try:
+            yield
+        finally:
+            self.engine.drafter = drafter
+
+    def drop_cache(self) -> None:
+        """Requests from now on compute their prompts anew."""
+        self.engine.scheduler.blocks.forget()
+
     def _events(self, watched: dict[int, _Watched]) -> Iterator[StreamEvent]:
         try:
             for entry in [w for w in watched.values() if w.sequence.finish_reason]:
@@ -240,7 +254,12 @@ class LLM:
         watched.num_chars, watched.num_tokens = len(text), watched.num_tokens + len(tokens)
         return event
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, with the special tokens that stand in it and no others.
+
+        Raises:
+            UsageError: text without a tokenizer or that UTF-8 cannot hold, ids that are none.
+        """
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UsageError(

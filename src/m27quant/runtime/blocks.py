@@ -57,6 +57,11 @@ class Blocks:
             self._hash[block] = hash_
             self._known[hash_] = block
 
+    def forget(self) -> None:
+        """Nothing that is computed so far will be reused."""
+        self._known.clear()
+        self._hash = [None] * self.num_blocks
+
     def release(self, blocks: Tokens[int]) -> None:
         """Let go of a sequence's blocks; its last ones are given out first, a beginning is the likeliest reused."""
         for block in reversed(blocks):
