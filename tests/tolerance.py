@@ -9,10 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 LOGIT_ATOL: Final = 2e-5
 """Our F32 decoder layer against transformers: the same products summed in another order."""
+
+DRAFTER_ATOL: Final = 1e-5
+"""Hidden states of a drafter in F32 against float64: values of order one, sums of a few dozen terms."""
 
 AMAX_BF16_STEPS: Final = 1
 """Ranges of activations against modelopt's, in steps of BF16 at that value: its batches are other chunks than ours,
@@ -23,6 +27,30 @@ SQNR_SAME_MATH_DB: Final = 50.0
 
 SQNR_NVFP4_WEIGHT_DB: Final = 19.0
 """NVFP4 of a Gaussian matrix against the matrix itself: 20.4 dB were measured; a wrong scale or order costs more."""
+
+
+SUM_F32: Final = 1e-6
+"""A product accumulated in F32 against F64, as a share of the sum of its terms' magnitudes: the order of summation is
+free, and 3072 terms summed in blocks of 16 stay below 3e-7."""
+
+SUM_FLOOR: Final = 2.0**-147
+"""Beside it, for each 1 of activation: a weight below F32's normal numbers is rounded to steps of 2**-149."""
+
+HALF_STEP_BF16: Final = 2.0**-8
+"""Rounding to BF16 once, as a share of the value; 2**-134 below its normal numbers."""
+
+SQNR_MOE_DB: Final = 45.0
+"""Experts against F64: between the projections the activation is rounded to BF16, to NVFP4 or to both, and a last bit
+before it may tip one number in some thousand to its neighbour."""
+
+
+def product_bound(x: Tensor, w: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far y [T, N] = x [T, K] w^T [K, N], all F64, may be missed in F32, then rounded to `dtype`."""
+    import torch
+
+    magnitude = x.abs() @ w.abs().T
+    bound = SUM_F32 * magnitude + SUM_FLOOR * x.abs().sum(1, keepdim=True) + 2.0**-149
+    return bound + HALF_STEP_BF16 * (y.abs() + bound) + 2.0**-134 if dtype == torch.bfloat16 else bound
 
 
 def sqnr_db(reference: Tensor, value: Tensor) -> float:
