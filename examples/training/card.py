@@ -121,7 +121,7 @@ NVFP4_SECTION = """\
 
 What `make demo` writes, against this checkpoint, over all {num_tokens:,} tokens of `heldout.txt` in windows of \
 {seq_len},
-computed in float32; the source's perplexity, over the same windows and the tokens between them, is {source:.3f}:
+computed in float32; the source's perplexity in these windows is {source:.3f}:
 
     m27quant verify demo-out/tiny-m27-nvfp4 --logits --source examples/tiny-m27 \\
         --text examples/tiny-m27/heldout.txt --num-samples {num_windows} --seq-len {seq_len} \
@@ -132,8 +132,8 @@ computed in float32; the source's perplexity, over the same windows and the toke
 {rows}
 
 Divergence in nats a token. The command gives the first row; `--activations bf16` and `--kv-cache-dtype bf16` the next
-three. {faults}`python examples/training/nvfp4.py` measures all of it again and writes this section.
-
+three. `python examples/training/nvfp4.py` measures all of it again and writes this section.
+{faults}
 """
 
 
@@ -169,7 +169,7 @@ def put_nvfp4_section(card: str, rows: Sequence[NvFp4Row]) -> str:
     """The card with this section before the one on training, in the place of a former one."""
     whole = [row for row in rows if not row.fault]
     faults = "".join(
-        f"Last row: with the {row.fault}, which is found as {', '.join(row.codes) or 'nothing'}. "
+        f"\nLast row: with the {row.fault}, found as {', '.join(row.codes) or 'nothing'}.\n"
         for row in rows
         if row.fault
     )

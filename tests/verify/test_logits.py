@@ -22,8 +22,9 @@ from m27quant.cli.app import main
 from m27quant.errors import CheckpointError, UsageError
 from m27quant.runtime.streamed import Precision, logits
 from m27quant.verify.collect import Findings
+from m27quant.verify.comparison import Comparison, figures, report
 from m27quant.verify.findings import VerifyResult
-from m27quant.verify.logits import Comparison, LogitsOptions, Windows, compare, figures, read_windows, report
+from m27quant.verify.logits import LogitsOptions, Windows, compare, read_windows
 
 CPU = torch.device("cpu")
 HALVED = "model.layers.1.block_sparse_moe.experts.2"
@@ -250,7 +251,7 @@ def test_the_command(nvfp4: Path, tiny: Path, tmp_path: Path, capsys: pytest.Cap
     told = json.loads(capsys.readouterr().out)["facts"]["logits"]
     assert (told["activations"], told["kv_cache"], told["num_tokens"]) == ("bf16", "bf16", 64)
     assert main([*common, "--logits", *text]) == 0
-    assert "kl_mean" in capsys.readouterr().out
+    assert "KL divergence" in capsys.readouterr().out
     bad = halved(nvfp4, tmp_path / "halved")
     assert main(["verify", str(bad), "--logits", "--source", str(tiny), "--no-progress", *text[:2]]) == 1
     captured = capsys.readouterr()

@@ -15,6 +15,7 @@ Row = tuple[str, str]
 BLOCKS = ("weights", "source", "drafter", "logits")
 """Facts that are several lines of their own."""
 SERVING = "serving_"
+NAMES = {"gpu": "GPU", "moe": "MoE", "sqnr": "SQNR", "db": "dB", "id": "ID"}
 LAYERS_A_LINE = 8
 
 
@@ -62,6 +63,11 @@ def _words(key: str) -> str:
     return key.removeprefix("num_").replace("_", " ")
 
 
+def _named(key: str) -> str:
+    """The words of a measurement, with names as they are written."""
+    return " ".join(NAMES.get(word, word) for word in _words(key).split(" "))
+
+
 def measured_rows(facts: Facts) -> list[Row]:
     """Of one block; sizes in bytes are rounded to what people compare."""
     rows = []
@@ -69,9 +75,9 @@ def measured_rows(facts: Facts) -> list[Row]:
         if value is None or _is_table(value):
             continue
         if isinstance(value, int) and "_bytes" in key:
-            rows.append((_words(key.replace("_bytes", "")), size(value)))
+            rows.append((_named(key.replace("_bytes", "")), size(value)))
         else:
-            rows.append((_words(key), _value(value)))
+            rows.append((_named(key), _value(value)))
     return rows
 
 
