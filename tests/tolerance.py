@@ -31,7 +31,7 @@ SQNR_NVFP4_WEIGHT_DB: Final = 19.0
 
 SUM_F32: Final = 1e-6
 """A product accumulated in F32 against F64, as a share of the sum of its terms' magnitudes: the order of summation is
-free, and 3072 terms summed in blocks of 16 stay below 3e-7."""
+free.  Measured: 1e-7 for blocks of 16 of 3072 terms, up to 6e-7 for a BLAS that adds 272 terms one by one."""
 
 SUM_FLOOR: Final = 2.0**-147
 """Beside it, for each 1 of activation: a weight below F32's normal numbers is rounded to steps of 2**-149."""

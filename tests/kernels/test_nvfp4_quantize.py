@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m27quant.kernels.nvfp4_pack.reference import unpack
-from m27quant.kernels.nvfp4_quantize import fake_quantize, is_usable, quantize
+from m27quant.kernels.nvfp4_quantize import fake_quantize, is_usable, quantize, reference
+from tests.kernels.packing import assert_same_bytes
+from tests.kernels.poison import poisoned  # noqa: F401  # a fixture
 from tests.tolerance import sqnr_db
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -130,3 +133,68 @@ def test_scales_that_cannot_be_used(bad: float) -> None:
 def test_shapes_that_do_not_fit(x: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="activations"):
         quantize(x, torch.tensor(1.0))
+
+
+def hard_rows(dtype: torch.dtype) -> torch.Tensor:
+    """[150, 80]: groups of all magnitudes that a dtype has, ties, zeros of both signs, NaN of both signs, Inf."""
+    g = torch.Generator().manual_seed(3)
+    exponent = torch.randint(-150, 127, (150, 5, 1), generator=g).double()
+    x = (torch.randn(150, 5, 16, generator=g).double() * exponent.exp2()).flatten(1)
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(10)
+    x[0:20] = ties * torch.randint(-10, 10, (20, 1), generator=g).double().exp2()
+    x[20:30] *= 0.0
+    flat = x[30:60].view(-1)
+    flat[::7], flat[::11], flat[::13], flat[::17] = torch.nan, torch.inf, -torch.nan, -torch.inf
+    return x.to(dtype)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["plain", "swizzled"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_compiled_core_gives_the_references_bytes(
+    dtype: torch.dtype, layout: Literal["plain", "swizzled"], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = hard_rows(dtype)
+    x = torch.cat((x, x.flip(1), x.roll(1, 0), torch.randn(2000, 80).to(dtype)))  # enough for two threads
+    before = torch.get_num_threads()
+    for scale in (2.0**-127, 1e-30, 2.0**-20, 0.002, 1.0, 448.0, 1e30, 3e38):
+        torch.set_num_threads(threads)
+        found = quantize(x, torch.tensor(scale), layout=layout)
+        torch.set_num_threads(before)
+        with monkeypatch.context() as patch:
+            patch.setenv("M27QUANT_KERNELS", "reference")
+            assert_same_bytes(found, quantize(x, torch.tensor(scale), layout=layout))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize(("T", "K"), [(0, 64), (1, 16), (33, 64), (128, 80), (300, 272)])
+def test_swizzled_scales_lie_where_the_formula_says(
+    T: int, K: int, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row t, group g at ((t/128) * ceil(G/4) + g/4) * 512 + (t%32) * 16 + ((t/32)%4) * 4 + g%4; 0 elsewhere."""
+    monkeypatch.setenv("M27QUANT_KERNELS", kernels)
+    x, one = torch.randn(T, K), torch.tensor(0.002)
+    plain = quantize(x, one).block_scale.view(torch.uint8)
+    swizzled = quantize(x, one, layout="swizzled").block_scale
+    assert swizzled.shape == (-(-T // 128), -(-K // 64), 32, 4, 4)
+    expected = torch.zeros(swizzled.numel(), dtype=torch.uint8)
+    for t in range(T):
+        for g in range(K // 16):
+            at = (t // 128 * -(-K // 64) + g // 4) * 512 + t % 32 * 16 + t // 32 % 4 * 4 + g % 4
+            expected[at] = plain[t, g]
+    assert torch.equal(swizzled.flatten().view(torch.uint8), expected)
+
+
+def test_a_layout_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match="'plain' or 'swizzled'"):
+        quantize(torch.zeros(1, 16), torch.tensor(1.0), layout="linear")  # type: ignore[arg-type]
+
+
+def test_what_overflows_as_a_reciprocal_is_not_usable() -> None:
+    for value in (2.0**-128, 2.0**-128 * (1 + 2.0**-20), 2.0**-127):
+        scale = torch.tensor(value)
+        assert is_usable(scale) == bool(scale.reciprocal().isfinite())
+    assert not is_usable(torch.ones(2))
+    assert reference.F32_MAX == LARGEST

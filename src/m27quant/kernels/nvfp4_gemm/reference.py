@@ -49,9 +49,6 @@ def gemm(
 
 def product(x_TK: Tensor, w_NK: Tensor, invariant: bool) -> Tensor:
     """x w^T of F32 matrices; `invariant`: one row at a time, as BLAS sums in another order for other heights."""
-    if not invariant:
-        return x_TK @ w_NK.T
-    y_TN = torch.empty(x_TK.shape[0], w_NK.shape[0], device=x_TK.device)
-    for row, x_K in zip(y_TN, x_TK, strict=True):
-        torch.mv(w_NK, x_K, out=row)
-    return y_TN
+    if invariant:
+        return torch.cat([x_1K @ w_NK.T for x_1K in x_TK.split(1)])
+    return x_TK @ w_NK.T

@@ -90,9 +90,7 @@ def _pass(
     factors = torch.empty(2 * slots, dtype=torch.float64)
     act, out = torch.empty(slots * I, dtype=x_TD.dtype), torch.empty(slots * D)
     words = torch.zeros(native.function("m27_nvfp4_moe_words")(slots, C), dtype=torch.int64)
-    weights = [tensor.data_ptr() for tensor in tensors]
-    if not quantized:
-        weights[-1] = None
+    *weights, input_scales = (tensor.data_ptr() for tensor in tensors)
     arguments = (
         *(
             level,
@@ -108,6 +106,7 @@ def _pass(
             weights_TK.data_ptr(),
         ),
         *weights,
+        input_scales if quantized else None,
         *(buffer.data_ptr() for buffer in (*panels, factors, act, out, y_TD, words)),
     )
     work = min(slots, C) * D * I // 2

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m27quant.kernels.nvfp4_gemm.reference import product
 from m27quant.kernels.nvfp4_pack import GROUP, PackedNVFP4
 from m27quant.kernels.nvfp4_pack import reference as nvfp4_pack
 from m27quant.kernels.nvfp4_quantize import reference as nvfp4_quantize
@@ -76,11 +75,16 @@ def moe(
 
 
 def expert(x_ND: Tensor, tensors: tuple[Tensor, ...], activations: str, invariant: bool) -> Tensor:
-    """One expert's output F32 [N, D], not yet weighted."""
+    """One expert's output F32 [N, D], not yet weighted; `invariant`: one row at a time.
+
+    For other heights BLAS sums in another order, and torch takes other exponentials at the end of a vector.
+    """
+    if invariant and len(x_ND) > 1:
+        return torch.cat([expert(x_1D, tensors, activations, invariant) for x_1D in x_ND.split(1)])
     w1_ID, w2_DI, w3_ID = (nvfp4_pack.unpack(*tensors[i : i + 3]) for i in (0, 3, 6))
     h_ND = _input(x_ND, tensors[9], activations)
-    act_NI = F.silu(product(h_ND, w1_ID, invariant)) * product(h_ND, w3_ID, invariant)
-    return product(_input(act_NI.to(x_ND.dtype), tensors[10], activations), w2_DI, invariant)
+    act_NI = F.silu(h_ND @ w1_ID.T) * (h_ND @ w3_ID.T)
+    return _input(act_NI.to(x_ND.dtype), tensors[10], activations) @ w2_DI.T
 
 
 def _input(x_NK: Tensor, input_scale: Tensor, activations: str) -> Tensor:

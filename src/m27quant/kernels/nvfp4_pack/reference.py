@@ -55,7 +55,7 @@ def strips(weight_NK: Tensor, block: tuple[int, int]) -> list[slice]:
 
 def groups(x_RK: Tensor) -> Tensor:
     """The same elements as [R, G, 16]."""
-    return x_RK.unflatten(1, (-1, GROUP))
+    return x_RK.reshape(x_RK.shape[0], x_RK.shape[1] // GROUP, GROUP)
 
 
 def amax(weight_NK: Tensor, scale_inv_IJ: Tensor | None, block: tuple[int, int]) -> Tensor:
@@ -141,8 +141,8 @@ def row_errors(
 
 def exact_row_errors(
     weight_NK: Tensor, scale_inv_IJ: Tensor | None, packed: Sequence[Tensor], block: tuple[int, int]
-) -> tuple[Tensor, Tensor] | None:
-    """`row_errors` where `pack` gives these codes and scales, byte for byte; else None, as for NaN or Inf."""
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """`row_errors`, and `amax`, where `pack` gives these codes and scales; else None, as for NaN or Inf."""
     codes_NK2, scale_NG, weight_scale_2 = packed
     again = torch.empty_like(codes_NK2), torch.empty_like(scale_NG)
     if not pack(weight_NK, scale_inv_IJ, weight_scale_2, block, *again):
@@ -151,7 +151,7 @@ def exact_row_errors(
         torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(packed, again, strict=False)
     ):
         return None
-    return row_errors(weight_NK, scale_inv_IJ, packed, block)
+    return *row_errors(weight_NK, scale_inv_IJ, packed, block), amax(weight_NK, scale_inv_IJ, block)
 
 
 def _lane_sum(v_RG16: Tensor) -> Tensor:

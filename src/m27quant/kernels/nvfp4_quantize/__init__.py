@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +14,10 @@ from m27quant.kernels.nvfp4_quantize import reference
 
 Layout = Literal["plain", "swizzled"]
 """How block scales lie: row-major, or in the 128x4 tiles of cuBLAS and CUTLASS."""
+
+
+_OVERFLOW = 2.0**128 - 2.0**103
+"""From here on numbers are rounded to infinity in F32."""
 
 
 class QuantizedNVFP4(NamedTuple):
@@ -51,9 +56,11 @@ def fake_quantize(x_TK: Tensor, input_scale: Tensor) -> Tensor:
 
 
 def is_usable(input_scale: Tensor) -> bool:
-    """True for a positive finite number whose reciprocal is finite."""
-    value = input_scale.float()
-    return input_scale.numel() == 1 and bool((value > 0) & value.isfinite() & value.reciprocal().isfinite())
+    """True for a positive finite number whose reciprocal is finite in F32."""
+    if input_scale.numel() != 1:
+        return False
+    value = float(input_scale)
+    return 0 < value < math.inf and 1 / value < _OVERFLOW
 
 
 def _check(x_TK: Tensor, input_scale: Tensor) -> None:
