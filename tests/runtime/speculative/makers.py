@@ -1,4 +1,4 @@
-"""Small random drafters as files, in the layouts of z-lab/SpecForge/modelopt and speculators, and their target's sizes."""
+"""Small random drafters as files, in the layouts of z-lab, SpecForge, modelopt and speculators; their target."""
 
 from __future__ import annotations
 

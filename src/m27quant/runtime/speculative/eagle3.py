@@ -80,7 +80,7 @@ class Eagle3Drafter:
         if num_draft_tokens is None or topk == 1:
             most = num_candidates(num_steps, topk) + 1
             num_draft_tokens = most if topk == 1 else min(DEFAULT_TREE, most)
-        check_shape(num_steps, topk, num_draft_tokens)
+        check_shape(num_steps, topk, num_draft_tokens, len(weights.shared.head))
         self.settings, self.weights, self.taps = settings, weights, taps
         self.num_steps = self.max_depth = num_steps
         self.topk = topk

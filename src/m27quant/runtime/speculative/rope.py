@@ -61,17 +61,18 @@ def read_rope(sizes: dict[str, Any], head_dim: int, theta: float | None = None) 
         raise CheckpointError(
             f"drafter: rope_type '{escape(kind)}' is not supported; known: default, linear, yarn", hint=HINT
         )
-    inv_freq = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    wavelengths = base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # over 2 pi
+    inv_freq = 1.0 / wavelengths
     factor = 1.0
     if kind == "linear":
         inv_freq = inv_freq / _positive(parameters, "factor")
     elif kind == "yarn":
-        inv_freq, factor = _yarn(inv_freq, parameters, sizes, base)
+        inv_freq, factor = _yarn(wavelengths, parameters, sizes, base)
     return Rope(inv_freq, factor, base, theta is not None or stated is not None)
 
 
 def _yarn(
-    inv_freq: Tensor, parameters: dict[str, Any], sizes: dict[str, Any], base: float
+    wavelengths: Tensor, parameters: dict[str, Any], sizes: dict[str, Any], base: float
 ) -> tuple[Tensor, float]:
     """YaRN (arXiv:2309.00071) as transformers computes it: slow pairs are stretched, fast ones stay."""
     original = _positive(parameters, "original_max_position_embeddings")
@@ -79,7 +80,7 @@ def _yarn(
         scale = _positive(sizes, "max_position_embeddings") / original
     else:
         scale = _positive(parameters, "factor")
-    dim = 2 * len(inv_freq)
+    dim = 2 * len(wavelengths)
 
     def pair(rotations: float) -> float:
         """The pair that turns this often over the original length."""
@@ -90,9 +91,9 @@ def _yarn(
     if parameters.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    steps = torch.arange(len(inv_freq), dtype=torch.float32)
-    stretched = ((steps - low) / (high - low if high != low else 0.001)).clamp(0, 1)
-    mixed = inv_freq / scale * stretched + inv_freq * (1 - stretched)
+    steps = torch.arange(len(wavelengths), dtype=torch.float32)
+    kept = 1 - ((steps - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+    mixed = 1.0 / (scale * wavelengths) * (1 - kept) + 1.0 / wavelengths * kept
     return mixed, _attention_factor(parameters, scale)
 
 

@@ -24,12 +24,14 @@ def num_candidates(num_steps: int, topk: int) -> int:
     return topk + (num_steps - 1) * topk * topk
 
 
-def check_shape(num_steps: int, topk: int, num_draft_tokens: int) -> None:
+def check_shape(num_steps: int, topk: int, num_draft_tokens: int, vocab_size: int) -> None:
     """Refuse settings that make no tree; `num_draft_tokens` counts the root, as SGLang does.
 
     Raises:
-        UsageError: numbers below their least, or more drafts than candidates.
+        UsageError: numbers below their least, more drafts than candidates, more branches than tokens.
     """
+    if topk > vocab_size:
+        raise UsageError(f"eagle_topk is {topk}; the drafter knows {vocab_size} tokens")
     if num_steps < 1 or topk < 1 or num_draft_tokens < 2:
         raise UsageError(
             f"num_steps {num_steps}, eagle_topk {topk}, num_draft_tokens {num_draft_tokens}: expected at least 1, 1, 2"
@@ -43,9 +45,13 @@ def check_shape(num_steps: int, topk: int, num_draft_tokens: int) -> None:
 
 
 def stable_topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and indices of the k largest along the last dimension, equal ones by index."""
-    _, indices = x.topk(k, dim=-1)
-    indices = indices.sort(dim=-1).values
+    """Values and indices of the k largest along the last dimension, equal ones by index; NaN counts as -inf."""
+    x = x.nan_to_num(nan=-torch.inf)
+    least = x.topk(k, dim=-1).values[..., -1:]
+    above, equal = x > least, x == least
+    chosen = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    places = torch.arange(x.shape[-1], 0, -1, device=x.device)
+    indices = x.shape[-1] - (chosen * places).topk(k, dim=-1).values
     values, order = x.gather(-1, indices).sort(dim=-1, descending=True, stable=True)
     return values, indices.gather(-1, order)
 
