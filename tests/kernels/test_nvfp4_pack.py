@@ -431,7 +431,8 @@ def test_backends_and_thread_counts_give_the_same_everything(
                 packed = nvfp4_pack.pack(weight, scale_inv, amax=amax * 0.01)
                 error = nvfp4_pack.squared_error(weight, scale_inv, packed)
                 counts = nvfp4_pack.count_groups(weight, scale_inv, packed.weight_scale_2)
-                assert nvfp4_pack.exact_error(weight, scale_inv, packed) == error
+                same = packed._replace(weight=packed.weight.clone())
+                assert nvfp4_pack.compare(weight, scale_inv, same) == (error, amax)
                 results.append((packed, error, counts, amax.item()))
         for packed, *rest in results[1:]:
             assert_same_bytes(packed, results[0][0])
@@ -439,48 +440,48 @@ def test_backends_and_thread_counts_give_the_same_everything(
 
 
 @pytest.mark.parametrize("block", [(128, 128), (1, 16), (300, 48), (13, 24)], ids=str)
-def test_exact_error_is_the_error_of_what_pack_gives(backend: str, block: tuple[int, int]) -> None:
+def test_comparing_with_what_pack_gives(backend: str, block: tuple[int, int]) -> None:
     """With blocks of any size, rows that end within a stretch of 128, and a partner's larger maximum."""
     for N, K, partner in ((75, 208, 1.0), (300, 272, 3.7), (1, 16, 1.0)):
         weight, scale_inv = packing.random_fp8(N, K, block=block)
         amax = nvfp4_pack.amax(weight, scale_inv, block=block) * partner
         packed = nvfp4_pack.pack(weight, scale_inv, amax=amax, block=block)
-        error = nvfp4_pack.exact_error(weight, scale_inv, packed, block=block)
-        assert error == nvfp4_pack.squared_error(weight, scale_inv, packed, block=block)
-        x = packing.dequantized(weight, scale_inv, block)
-        assert error == nvfp4_pack.exact_error(x, None, packed)
+        exact = nvfp4_pack.compare(weight, scale_inv, packed, block=block)
+        assert exact is not None
+        assert exact.error == nvfp4_pack.squared_error(weight, scale_inv, packed, block=block)
+        assert torch.equal(exact.amax * partner, amax)
+        assert exact == nvfp4_pack.compare(packing.dequantized(weight, scale_inv, block), None, packed)
 
 
 @pytest.mark.parametrize("part", ["weight", "weight_scale"])
 @pytest.mark.parametrize("at", [0, 77, -1])
-def test_exact_error_sees_every_bit(backend: str, part: str, at: int) -> None:
+def test_comparing_sees_every_bit(backend: str, part: str, at: int) -> None:
     for weight, scale_inv in (packing.random_fp8(141, 176), (torch.randn(141, 176).bfloat16(), None)):
         packed = nvfp4_pack.pack(weight, scale_inv, amax=nvfp4_pack.amax(weight, scale_inv))
         for bit in range(8):
             other = getattr(packed, part).clone()
             other.view(torch.uint8).view(-1)[at] ^= 1 << bit
-            assert nvfp4_pack.exact_error(weight, scale_inv, packed._replace(**{part: other})) is None
+            assert nvfp4_pack.compare(weight, scale_inv, packed._replace(**{part: other})) is None
 
 
-def test_exact_error_of_hard_weights(backend: str) -> None:
+def test_comparing_hard_weights(backend: str) -> None:
     """Every FP8 code under every maximum and block scale, to the last bit of the sums."""
     codes = packing.every_code_under_every_maximum()
     for scale in packing.block_scales():
         scale_inv = torch.full(packing.scale_grid(*codes.shape), scale)
         amax = nvfp4_pack.amax(codes, scale_inv)
         packed = nvfp4_pack.pack(codes, scale_inv, amax=amax)
-        error = nvfp4_pack.exact_error(codes, scale_inv, packed)
-        assert error is not None
-        assert error == nvfp4_pack.squared_error(codes, scale_inv, packed)
+        exact = nvfp4_pack.compare(codes, scale_inv, packed)
+        assert exact == (nvfp4_pack.squared_error(codes, scale_inv, packed), amax)
 
 
-def test_exact_error_of_nan_is_none(backend: str) -> None:
+def test_nan_is_equal_to_nothing(backend: str) -> None:
     weight, scale_inv = packing.random_fp8(32, 64)
     packed = nvfp4_pack.pack(weight, scale_inv, amax=nvfp4_pack.amax(weight, scale_inv))
     weight.view(torch.uint8)[31, 63] = 0x7F
-    assert nvfp4_pack.exact_error(weight, scale_inv, packed) is None
+    assert nvfp4_pack.compare(weight, scale_inv, packed) is None
     with pytest.raises(ValueError, match="out needs"):
-        nvfp4_pack.exact_error(weight[:16], scale_inv, packed)
+        nvfp4_pack.compare(weight[:16], scale_inv, packed)
 
 
 def test_squared_error_is_the_error(backend: str) -> None:

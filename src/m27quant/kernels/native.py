@@ -19,7 +19,7 @@ import torch
 
 _T = TypeVar("_T")
 
-ABI = 2
+ABI = 3
 """`M27_ABI` of `_native/core.h`: a core built from other sources than these is not used."""
 
 FOLDER = Path(__file__).parent / "_native"
@@ -39,7 +39,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "m27_count_fp8": (None, [*_FP8, c_float, c_void_p, *_ROWS]),
     "m27_count_bf16": (None, [c_void_p, c_int64, c_float, c_void_p, *_ROWS]),
     "m27_row_errors": (None, [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_void_p, *_ROWS]),
-    "m27_compare_fp8": (c_int, [*_FP8, c_float, c_void_p, c_void_p, c_void_p, c_void_p, *_ROWS]),
+    "m27_compare_fp8": (c_float, [*_FP8, c_float, c_void_p, c_void_p, c_void_p, c_void_p, *_ROWS]),
     "m27_count_codes": (None, [c_void_p, c_int64, c_void_p]),
     "m27_linear_rows": (None, [c_void_p, c_int, *[c_int64] * 3, c_int, c_int64, c_void_p]),
     "m27_linear": (

@@ -15,8 +15,8 @@ import torch
 from m27quant.checkpoint import names
 from m27quant.checkpoint.source import Source
 from m27quant.kernels import fp8_dequant, nvfp4_pack
-from m27quant.kernels.nvfp4_pack import PackedNVFP4, SquaredError
-from m27quant.kernels.nvfp4_pack.reference import bf16_rows, global_scale
+from m27quant.kernels.nvfp4_pack import Exact, PackedNVFP4, SquaredError
+from m27quant.kernels.nvfp4_pack.reference import bf16_rows
 from m27quant.pack import Naming
 
 Kind = Literal[
@@ -70,12 +70,10 @@ class Outcome:
 
 
 def diagnose(source: Source, m: Matrix, amax: torch.Tensor) -> Outcome:
-    """Quantize again under `amax`, the largest magnitude of the matrices that share a global scale."""
-    if torch.equal(m.packed.weight_scale_2, global_scale(amax)):
-        with Naming(m.module):
-            error = nvfp4_pack.exact_error(m.weight, m.scale_inv, m.packed, block=m.block)
-        if error is not None:
-            return Outcome(m.module, m.layer, "exact", _decibels(error))
+    """Quantize a matrix that is not exact again.
+
+    `amax` is the largest magnitude of the matrices that share a global scale.
+    """
     with Naming(m.module):
         again = nvfp4_pack.pack(m.weight, m.scale_inv, amax=amax, block=m.block)
     same_codes = same_bytes(m.packed.weight, again.weight)
@@ -93,6 +91,11 @@ def diagnose(source: Source, m: Matrix, amax: torch.Tensor) -> Outcome:
     elif kind == "another amax":
         detail = f"{of_globals}; {detail}"
     return Outcome(m.module, m.layer, kind, sqnr_db, detail)
+
+
+def proven(module: str, layer: int, exact: Exact) -> Outcome:
+    """Of a matrix that is exact."""
+    return Outcome(module, layer, "exact", _decibels(exact.error))
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from m27quant.checkpoint.source import Source
 from m27quant.kernels import fp8_dequant, nvfp4_pack
 from m27quant.kernels.nvfp4_pack.reference import global_scale
 from m27quant.pack import Naming, Stored
-from m27quant.verify.difference import Matrix, Outcome, diagnose
+from m27quant.verify.difference import Matrix, Outcome, diagnose, proven
 from m27quant.verify.view import View
 
 PARTS = ("weight", "weight_scale", "weight_scale_2")
@@ -103,32 +103,40 @@ class ExpertComparison:
 
     def __init__(self, view: View, source: Source) -> None:
         self._view, self._source = view, source
-        self._rooms = threading.local()
+        self._thread = threading.local()
 
     def compare(self, at: Place, tensors: dict[str, bytearray]) -> Iterator[Outcome]:
         """All three matrices of one expert, whose nine tensors are given as bytes."""
-        block = self._source.config.weight_block_size or fp8_dequant.BLOCK
-        modules = {p: names.expert(*at, p) for p in names.EXPERT_PROJECTIONS}
-        stored: dict[str, Stored] = {}
-        amax = {}
-        for p, module in modules.items():
-            stored[p] = self._read(p, module)
-            with Naming(module):
-                amax[p] = nvfp4_pack.amax(*stored[p], block=block)
+        exact, amax = {}, {}
+        for p in names.EXPERT_PROJECTIONS:
+            m = self._matrix(at, p, tensors)
+            with Naming(m.module):
+                exact[p] = found = nvfp4_pack.compare(m.weight, m.scale_inv, m.packed, block=m.block)
+                amax[p] = found.amax if found else nvfp4_pack.amax(m.weight, m.scale_inv, block=m.block)
         shared = torch.maximum(amax["w1"], amax["w3"])
-        for p, module in modules.items():
-            matrix = Matrix(module, *at, p, *stored[p], block, _packed(self._view, module, tensors))
+        for p in names.EXPERT_PROJECTIONS:
+            module = names.expert(*at, p)
+            scale_2 = _packed(self._view, module, tensors).weight_scale_2
             # w1 and w3 with a scale each are reported from the scales; their bytes may be right all the same
-            own = matrix.packed.weight_scale_2 == global_scale(amax[p])
-            yield diagnose(self._source, matrix, amax[p] if p == "w2" or own else shared)
+            largest = amax[p] if p == "w2" or scale_2 == global_scale(amax[p]) else shared
+            if (found := exact[p]) is not None and scale_2 == global_scale(largest):
+                yield proven(module, at[0], found)
+            else:
+                yield diagnose(self._source, self._matrix(at, p, tensors), largest)
 
-    def _read(self, projection: str, module: str) -> Stored:
-        """A matrix of the source, in memory that the thread's next expert overwrites."""
+    def _matrix(self, at: Place, projection: str, tensors: dict[str, bytearray]) -> Matrix:
+        """One of them; its source lies in memory that the thread's next matrix overwrites."""
+        module = names.expert(*at, projection)
+        block = self._source.config.weight_block_size or fp8_dequant.BLOCK
+        return Matrix(
+            module, *at, projection, *self._read(module), block, _packed(self._view, module, tensors)
+        )
+
+    def _read(self, module: str) -> Stored:
         info = self._source.info(f"{module}.weight")
-        room: torch.Tensor | None = getattr(self._rooms, projection, None)
+        room: torch.Tensor | None = getattr(self._thread, "room", None)
         if room is None or room.numel() < info.nbytes:
-            room = torch.empty(info.nbytes, dtype=torch.uint8)
-            setattr(self._rooms, projection, room)
+            room = self._thread.room = torch.empty(info.nbytes, dtype=torch.uint8)
         weight = self._source.read(f"{module}.weight", room)
         if weight.dtype != torch.float8_e4m3fn:
             return weight, None

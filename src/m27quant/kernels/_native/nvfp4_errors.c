@@ -30,25 +30,19 @@ M27_INLINE double lane_sum(double *lane) {
 M27_INLINE Lanes twice_e2m1(Lanes k) { return larger(k, larger(2 * k - 4, 4 * k - 16)); }
 
 /* Adds each lane's squares, group by group. */
-M27_INLINE void add(double *restrict sum, const double *restrict squares) {
-    for (int i = 0; i < GROUP; i++) {
-        double s = sum[i];
-        for (int g = 0; g < GROUPS; g++) s += squares[g * GROUP + i];
-        sum[i] = s;
-    }
-}
-
-M27_INLINE void add_errors(Sums *sums, const Stretch *s) {
+M27_INLINE void add_errors(Sums *restrict sums, const Stretch *restrict s) {
     float y[COLUMNS];
-    double signal[COLUMNS], noise[COLUMNS];
     for (int i = 0; i < COLUMNS; i++) y[i] = (float)s->twice[i] * 0.5f * s->d[i];
-    for (int i = 0; i < COLUMNS; i++) {
-        double v = s->x[i], r = v - (double)y[i];
-        signal[i] = v * v;
-        noise[i] = r * r;
+    for (int i = 0; i < GROUP; i++) {
+        double signal = sums->signal[i], noise = sums->noise[i];
+        for (int g = 0; g < GROUPS; g++) {
+            double v = s->x[g * GROUP + i], r = v - (double)y[g * GROUP + i];
+            signal += v * v;
+            noise += r * r;
+        }
+        sums->signal[i] = signal;
+        sums->noise[i] = noise;
     }
-    add(sums->signal, signal);
-    add(sums->noise, noise);
 }
 
 /* Eight bytes to sixteen codes. */
@@ -96,11 +90,12 @@ M27_INLINE void magnitudes(float *restrict x, const uint8_t *restrict p, int64_t
     }
 }
 
-/* A stretch of one row in one block; 0 where bytes differ or a value is NaN or Inf. */
+/* A stretch of one row in one block; 0 where bytes differ or a value is NaN or Inf.  Raises `largest`, an FP8 code. */
 M27_INLINE int compare_groups(const uint8_t *p, int64_t groups, float scale_inv, const double *value,
                               Steps *steps, float ws2, const uint8_t *codes, const uint8_t *scales,
-                              Sums *sums, int64_t ahead) {
+                              Sums *sums, int *largest, int64_t ahead) {
     uint64_t differ = 0;
+    int all = *largest;
     Stretch s;
     if (groups < GROUPS) memset(&s, 0, sizeof s);
     for (int64_t g = 0; g < groups; g += 4) {
@@ -111,6 +106,7 @@ M27_INLINE int compare_groups(const uint8_t *p, int64_t groups, float scale_inv,
     for (int64_t g = 0; g < groups; g++) {
         int most = group_most(p + g * GROUP);
         Steps *e = steps + most;
+        all = most > all ? most : all;
         if (e->state != 1) {
             if (e->state == 0) fill(e, value, most, ws2);
             if (e->state == 2) return 0;
@@ -126,16 +122,18 @@ M27_INLINE int compare_groups(const uint8_t *p, int64_t groups, float scale_inv,
     }
     magnitudes(s.x, p, groups * GROUP, scale_inv);
     add_errors(sums, &s);
+    *largest = all;
     return differ == 0;
 }
 
-M27_CLONES static int compare_fp8(const uint8_t *weight, const float *scale_inv, int64_t K, int64_t block_n,
+M27_CLONES static float compare_fp8(const uint8_t *weight, const float *scale_inv, int64_t K, int64_t block_n,
                                   int64_t block_k, float ws2, const uint8_t *codes, const uint8_t *scales,
                                   double *signal, double *noise, int64_t row0, int64_t row1) {
     int64_t J = (K + block_k - 1) / block_k;
     Steps steps[CODES];
     double value[CODES];
     Sums sums[ROWS];
+    float amax = 0.0f;
     for (int64_t top = row0, bottom; top < row1; top = bottom) {
         bottom = block_end(top, block_n, row1);
         bottom = bottom < top + ROWS ? bottom : top + ROWS;
@@ -145,21 +143,23 @@ M27_CLONES static int compare_fp8(const uint8_t *weight, const float *scale_inv,
             float scale = fabsf(scale_inv[top / block_n * J + left / block_k]);
             block_values(scale, value);
             for (int m = 0; m < CODES; m++) steps[m].state = 0;
+            int largest = 0;
             for (int64_t n = top; n < bottom; n++) {
                 for (int64_t k = left; k < right; k += COLUMNS) {
                     int64_t at = n * K + k, groups = (k + COLUMNS < right ? COLUMNS : right - k) / GROUP;
                     if (!compare_groups(weight + at, groups, scale, value, steps, ws2, codes + at / 2,
-                                        scales + at / GROUP, sums + (n - top), block_k / GROUP))
-                        return 0;
+                                        scales + at / GROUP, sums + (n - top), &largest, block_k / GROUP))
+                        return -1.0f;
                 }
             }
+            amax = value[largest] > amax ? (float)value[largest] : amax;
         }
         for (int64_t n = top; n < bottom; n++) {
             signal[n] = lane_sum(sums[n - top].signal);
             noise[n] = lane_sum(sums[n - top].noise);
         }
     }
-    return 1;
+    return amax;
 }
 
 /* Fills signal[row0..row1) and noise[row0..row1) for a BF16 weight. */
@@ -169,13 +169,13 @@ M27_EXPORT void m27_row_errors(const uint16_t *weight, int64_t K, float ws2, con
     M27_IEEE(row_errors(weight, K, ws2, codes, scales, signal, noise, row0, row1));
 }
 
-/* 1 where `codes` and `scales` are byte for byte what m27_pack_fp8 gives, and signal and noise as above; else 0,
- * the first difference ends it. */
-M27_EXPORT int m27_compare_fp8(const uint8_t *weight, const float *scale_inv, int64_t K, int64_t block_n,
-                               int64_t block_k, float ws2, const uint8_t *codes, const uint8_t *scales,
-                               double *signal, double *noise, int64_t row0, int64_t row1) {
-    int equal;
-    M27_IEEE(equal = compare_fp8(weight, scale_inv, K, block_n, block_k, ws2, codes, scales, signal, noise, row0,
-                                 row1));
-    return equal;
+/* Where `codes` and `scales` are byte for byte what m27_pack_fp8 gives: the largest BF16 magnitude, and signal and
+ * noise as above.  Else -1; the first difference ends it. */
+M27_EXPORT float m27_compare_fp8(const uint8_t *weight, const float *scale_inv, int64_t K, int64_t block_n,
+                                 int64_t block_k, float ws2, const uint8_t *codes, const uint8_t *scales,
+                                 double *signal, double *noise, int64_t row0, int64_t row1) {
+    float amax;
+    M27_IEEE(amax = compare_fp8(weight, scale_inv, K, block_n, block_k, ws2, codes, scales, signal, noise, row0,
+                                row1));
+    return amax;
 }

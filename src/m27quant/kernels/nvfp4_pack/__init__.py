@@ -21,12 +21,13 @@ from m27quant.kernels.nvfp4_pack.reference import GROUP
 
 __all__ = [
     "GROUP",
+    "Exact",
     "GroupCounts",
     "PackedNVFP4",
     "SquaredError",
     "amax",
+    "compare",
     "count_groups",
-    "exact_error",
     "pack",
     "squared_error",
     "unpack",
@@ -56,6 +57,14 @@ class SquaredError(NamedTuple):
     def sqnr_db(self) -> float:
         """Signal to quantization noise in dB; infinite where nothing was lost."""
         return 10 * math.log10(self.signal / self.noise) if self.noise else math.inf
+
+
+class Exact(NamedTuple):
+    """Of a matrix that is packed exactly."""
+
+    error: SquaredError
+    amax: Tensor
+    """F32 []: the weight's, as `amax` gives it."""
 
 
 class GroupCounts(NamedTuple):
@@ -135,12 +144,13 @@ def squared_error(
     return SquaredError(math.fsum(signal_N.tolist()), math.fsum(noise_N.tolist()))
 
 
-def exact_error(
+def compare(
     weight: Tensor, scale_inv: Tensor | None, packed: PackedNVFP4, *, block: tuple[int, int] = BLOCK
-) -> SquaredError | None:
-    """`squared_error` where `packed` is, byte for byte, what `pack` makes under its `weight_scale_2`; else None.
+) -> Exact | None:
+    """Whether `packed` is, byte for byte, what `pack` makes under its `weight_scale_2`; None where it is not.
 
-    One pass over an FP8 weight on a CPU: nothing is dequantized to memory and nothing is packed there.
+    `squared_error` and `amax` in the same pass over an FP8 weight on a CPU; nothing is written to memory.  Whether
+    `weight_scale_2` itself is right follows from `amax`.
 
     Raises:
         CheckpointError: as for `amax`, but for NaN and Inf in the weight, which nothing packed can equal.
@@ -148,8 +158,11 @@ def exact_error(
     """
     checks.check_weight(weight, scale_inv, block)
     _buffers(weight, (packed.weight, packed.weight_scale))
-    rows = _backend(weight.device).exact_row_errors(weight, scale_inv, packed, block)
-    return None if rows is None else SquaredError(*(math.fsum(sums.tolist()) for sums in rows))
+    found = _backend(weight.device).exact_row_errors(weight, scale_inv, packed, block)
+    if found is None:
+        return None
+    signal_N, noise_N, largest = found
+    return Exact(SquaredError(math.fsum(signal_N.tolist()), math.fsum(noise_N.tolist())), largest)
 
 
 def count_groups(

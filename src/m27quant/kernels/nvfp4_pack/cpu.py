@@ -67,7 +67,7 @@ def row_errors(
 
 def exact_row_errors(
     weight_NK: Tensor, scale_inv_IJ: Tensor | None, packed: Sequence[Tensor], block: tuple[int, int]
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """See `reference.exact_row_errors`.  An FP8 weight is read once, and nothing is written but the sums."""
     if scale_inv_IJ is None or block[1] % GROUP:
         return _pack_and_compare(weight_NK, scale_inv_IJ, packed, block)
@@ -77,13 +77,13 @@ def exact_row_errors(
     arrays = [tensor.data_ptr() for tensor in (codes_NK2, scale_NG, signal_N, noise_N)]
     arguments = (*_source(weight_NK, scale_inv_IJ, block), weight_scale_2, *arrays)
     core = functools.partial(native.function("m27_compare_fp8"), *arguments)
-    equal = min(_over_rows(core, weight_NK, step=block[0]))
-    return (signal_N, noise_N) if equal else None
+    maxima = _over_rows(core, weight_NK, step=block[0])
+    return None if min(maxima) < 0 else (signal_N, noise_N, torch.tensor(max(maxima)))
 
 
 def _pack_and_compare(
     weight_NK: Tensor, scale_inv_IJ: Tensor | None, packed: Sequence[Tensor], block: tuple[int, int]
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor, Tensor] | None:
     codes_NK2, scale_NG, weight_scale_2 = packed
     again = torch.empty_like(codes_NK2), torch.empty_like(scale_NG)
     if not pack(weight_NK, scale_inv_IJ, weight_scale_2, block, *again):
@@ -92,7 +92,7 @@ def _pack_and_compare(
         torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(packed, again, strict=False)
     ):
         return None
-    return row_errors(weight_NK, scale_inv_IJ, packed, block)
+    return *row_errors(weight_NK, scale_inv_IJ, packed, block), amax(weight_NK, scale_inv_IJ, block)
 
 
 def count_groups(

@@ -141,7 +141,7 @@ def row_errors(
 
 def exact_row_errors(
     weight_NK: Tensor, scale_inv_IJ: Tensor | None, packed: Sequence[Tensor], block: tuple[int, int]
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """See `reference.exact_row_errors`; sums as in `row_errors`."""
     return reference.exact_row_errors(weight_NK, scale_inv_IJ, packed, block)
 
