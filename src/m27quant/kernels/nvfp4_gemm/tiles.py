@@ -50,7 +50,7 @@ def bf16(chip: Chip, tokens: float, invariant: bool, *, f32: bool = False) -> Ti
         return {
             16: Tile(64, 16, 256, 4, 3),
             32: Tile(64, 32, 128, 4, 3),
-            64: Tile(128, 64, 64, 8, 3),
+            64: Tile(64, 64, 128, 4, 3),
             128: Tile(128, 128, 64, 8, 3),
         }[BT]
     return {

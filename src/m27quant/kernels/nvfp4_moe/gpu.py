@@ -34,7 +34,7 @@ MOST_TOKENS = 8192
 
 
 def empty(count: int, D: int, I: int, activations: str, device: torch.device) -> tuple[Tensor, ...]:
-    """Room for C experts:
+    """Room for C experts.
 
     0, 1  w1 and w3 in turns of 8 rows [C, 2I, ..] and their scales, in the layout of `nvfp4_gemm.gpu.prepare`
     2, 3  w2 [C, D, ..] and its scales

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from m27quant.kernels.bits import bf16_bits, e4m3_value, rounded
+from m27quant.kernels.bits import e4m3_value, rounded
 from m27quant.kernels.nvfp4_gemm.gpu_quantize import exact_value
 from m27quant.kernels.nvfp4_gemm.gpu_tile import UNSCALE, product_bf16, product_fp4, stored
 from m27quant.kernels.nvfp4_quantize.gpu import block_scales, e2m1_pairs
@@ -47,11 +47,13 @@ def _product(
     w_scale += e * stride_se
     o_n = tl.minimum(o_n, N - 1)
     if FP4:
-        return product_fp4(x, x_scale, o_row, m_t, w, w_scale, o_n, K, K2, G, BN, BT, BK, EVEN, INTERPRET)
-    b_acc = product_bf16(
-        x, o_row * K, m_t, w, w_scale, o_n, K, stride_w, stride_s, BN, BT, BK, EVEN, INTERPRET
-    )
-    return b_acc * UNSCALE
+        b_acc = product_fp4(x, x_scale, o_row, m_t, w, w_scale, o_n, K, K2, G, BN, BT, BK, EVEN, INTERPRET)
+    else:
+        b_acc = product_bf16(
+            x, o_row * K, m_t, w, w_scale, o_n, K, stride_w, stride_s, BN, BT, BK, EVEN, INTERPRET
+        )
+        b_acc *= UNSCALE
+    return b_acc
 
 
 @triton.jit
@@ -88,7 +90,11 @@ def nvfp4_moe_up_kernel(
         b_act = rounded(b_act, BF16)
 
         o_f = tl.program_id(0) * BH
-        if W4A4:
+        o_i = o_f + tl.arange(0, BH)
+        p_act, m_act = act + o_slot[None, :] * I + o_i[:, None], (o_i < I)[:, None] & m_t[None, :]
+        if not W4A4:
+            stored(b_act, p_act, m_act, INTERPRET)
+        else:
             b_a = b_act.reshape(BH // 16, 16, BT)
             b_bits = b_a.to(tl.int32, bitcast=True)
             b_amax = tl.max(b_bits & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
@@ -104,11 +110,9 @@ def nvfp4_moe_up_kernel(
                 tl.store(
                     act_scale + o_slot[None, :] * (I // 16) + o_g[:, None], b_code.to(tl.uint8), mask=m_g
                 )
-                return
-            b_act = exact_value(b_y, b_sign, e4m3_value(b_code)[:, None, :]).reshape(BH, BT)
-        o_i = o_f + tl.arange(0, BH)
-        p_act = act + o_slot[None, :] * I + o_i[:, None]
-        stored(b_act, p_act, (o_i < I)[:, None] & m_t[None, :], INTERPRET)
+            else:
+                b_value = exact_value(b_y, b_sign, e4m3_value(b_code)[:, None, :])
+                stored(b_value.reshape(BH, BT), p_act, m_act, INTERPRET)
 
 
 @triton.jit
@@ -138,7 +142,7 @@ def nvfp4_moe_down_kernel(
 def nvfp4_moe_sum_kernel(
     out, experts, weights, y, first, count, D, TOPK: tl.constexpr, INTERPRET: tl.constexpr, BD: tl.constexpr
 ):
-    """`y` [T, D] in BF16 as int16 or F32: weight * out over the slots of token `program`, from the first to the last."""
+    """`y` [T, D] in BF16 as int16 or F32: weight * out over the slots of token `program`, in their order."""
     t = tl.program_id(0).to(tl.int64)
     o_d = tl.program_id(1) * BD + tl.arange(0, BD)
     m_d = o_d < D
