@@ -50,5 +50,5 @@ def gemm(
 def product(x_TK: Tensor, w_NK: Tensor, invariant: bool) -> Tensor:
     """x w^T of F32 matrices; `invariant`: one row at a time, as BLAS sums in another order for other heights."""
     if invariant:
-        return torch.cat([x_1K @ w_NK.T for x_1K in x_TK.split(1)])
+        return torch.cat([x_1K @ w_NK.T for x_1K in torch.split(x_TK, 1)])
     return x_TK @ w_NK.T

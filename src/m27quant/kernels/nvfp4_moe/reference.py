@@ -80,7 +80,7 @@ def expert(x_ND: Tensor, tensors: tuple[Tensor, ...], activations: str, invarian
     For other heights BLAS sums in another order, and torch takes other exponentials at the end of a vector.
     """
     if invariant and len(x_ND) > 1:
-        return torch.cat([expert(x_1D, tensors, activations, invariant) for x_1D in x_ND.split(1)])
+        return torch.cat([expert(x_1D, tensors, activations, invariant) for x_1D in torch.split(x_ND, 1)])
     w1_ID, w2_DI, w3_ID = (nvfp4_pack.unpack(*tensors[i : i + 3]) for i in (0, 3, 6))
     h_ND = _input(x_ND, tensors[9], activations)
     act_NI = F.silu(h_ND @ w1_ID.T) * (h_ND @ w3_ID.T)
