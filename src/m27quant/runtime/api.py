@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +147,7 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         """Answer all prompts, in pieces as they come; arguments and errors as `generate`.
 
         Closing the iterator cancels what is not finished.
@@ -224,7 +224,7 @@ class LLM:
         """Requests from now on compute their prompts anew."""
         self.engine.scheduler.blocks.forget()
 
-    def _events(self, watched: dict[int, _Watched]) -> Iterator[StreamEvent]:
+    def _events(self, watched: dict[int, _Watched]) -> Generator[StreamEvent, None, None]:
         try:
             for entry in [w for w in watched.values() if w.sequence.finish_reason]:
                 yield self._event(entry)
