@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from m27quant.kernels.nvfp4_stats import CodeCounts, count_codes, reference, zero_blocks
+from m27quant.kernels.nvfp4_stats import CodeCounts, any_nonfinite, count_codes, reference, zero_blocks
 
 
 def by_hand(codes: np.ndarray) -> CodeCounts:
@@ -50,3 +50,23 @@ def test_what_is_no_whole_block_is_refused() -> None:
         count_codes(np.zeros(9, np.uint8))
     with pytest.raises(ValueError, match="contiguous"):
         count_codes(np.zeros(32, np.uint8)[::2])
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize(
+    ("dtype", "exponent"), [(np.uint16, 0x7F80), (np.uint16, 0x7C00), (np.uint32, 0x7F800000)]
+)
+def test_a_nan_is_found_wherever_it_is(
+    kernels: str, dtype: type, exponent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("M27QUANT_KERNELS", kernels)
+    lowest = exponent & -exponent
+    for size in (1, 7, 1000):
+        numbers = np.random.default_rng(0).integers(0, exponent, size).astype(dtype)
+        assert not any_nonfinite(numbers, exponent)
+        numbers[size // 2] = exponent - lowest  # the largest finite ones
+        assert not any_nonfinite(numbers, exponent)
+        for at in {0, size // 2, size - 1}:
+            wrong = numbers.copy()
+            wrong[at] = exponent | 1 << (8 * numbers.itemsize - 1)  # minus infinity
+            assert any_nonfinite(wrong, exponent)

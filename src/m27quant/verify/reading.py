@@ -20,10 +20,13 @@ def read_tensors(tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, me
         CheckpointError: a file that shrinks while it is read.
         EnvironmentFault: a file that cannot be opened or read.
     """
+    room = memoryview(bytearray())
     for run in _runs(sorted(tensors, key=lambda t: (str(t.path), t.start, t.end))):
         begin = run[0].start
-        buffer = bytearray(max(t.end for t in run) - begin)
-        view = memoryview(buffer)
+        size = max(t.end for t in run) - begin
+        if len(room) < size:  # fresh memory costs more than reading
+            room = memoryview(bytearray(size))
+        view = room[:size]
         shown = escape(run[0].path)
         try:
             fd = os.open(run[0].path, os.O_RDONLY | os.O_CLOEXEC)

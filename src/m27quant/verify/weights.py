@@ -13,7 +13,7 @@ import numpy as np
 from m27quant.checkpoint.header import TensorInfo
 from m27quant.checkpoint.strict_json import read_object
 from m27quant.errors import CheckpointError, escape
-from m27quant.kernels.nvfp4_stats import CodeCounts, count_codes, zero_blocks
+from m27quant.kernels.nvfp4_stats import CodeCounts, any_nonfinite, count_codes, zero_blocks
 from m27quant.verify.collect import Findings
 from m27quant.verify.reading import read_tensors
 from m27quant.verify.view import View
@@ -98,7 +98,7 @@ class ValueVisitor:
     def _search(self, info: TensorInfo, offset: int, data: memoryview) -> None:
         dtype, ones = EXPONENT[info.dtype]
         numbers = np.frombuffer(data, dtype)
-        if int((numbers & ones).max(initial=0)) == ones:
+        if any_nonfinite(numbers, ones):
             bad = np.flatnonzero((numbers & ones) == ones)
             if self._first_bad is None:
                 self._first_bad = offset // numbers.itemsize + int(bad[0])

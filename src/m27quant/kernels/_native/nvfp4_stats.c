@@ -1,4 +1,4 @@
-/* Statistics of packed NVFP4 codes.  A block of 16 codes is one 64-bit word, so a few operations on words say it all. */
+/* Statistics of packed NVFP4 codes, and the search for NaN in plain tensors.  A block of 16 codes is one 64-bit word, so a few operations on words say it all. */
 #include "core.h"
 
 #define MAGNITUDES 0x7777777777777777u
@@ -38,4 +38,25 @@ M27_CLONES static void count_codes(const uint8_t *codes, int64_t num_blocks, int
 /* Sets counts[3]: blocks of zeros alone, codes of magnitude 6, blocks that hold such a code. */
 M27_EXPORT void m27_count_codes(const uint8_t *codes, int64_t num_blocks, int64_t *counts) {
     count_codes(codes, num_blocks, counts);
+}
+
+/* Whether all exponent bits are set in one of the numbers: NaN or infinity. */
+M27_CLONES static int nonfinite16(const uint16_t *numbers, int64_t count, uint16_t exponent) {
+    uint16_t found = 0;
+    for (int64_t i = 0; i < count; i++) found |= (numbers[i] & exponent) == exponent;
+    return found;
+}
+
+M27_CLONES static int nonfinite32(const uint32_t *numbers, int64_t count, uint32_t exponent) {
+    uint32_t found = 0;
+    for (int64_t i = 0; i < count; i++) found |= (numbers[i] & exponent) == exponent;
+    return (int)found;
+}
+
+M27_EXPORT int m27_nonfinite16(const uint16_t *numbers, int64_t count, int exponent) {
+    return nonfinite16(numbers, count, (uint16_t)exponent);
+}
+
+M27_EXPORT int m27_nonfinite32(const uint32_t *numbers, int64_t count, int exponent) {
+    return nonfinite32(numbers, count, (uint32_t)exponent);
 }

@@ -61,3 +61,11 @@ def reference(codes: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
 def zero_blocks(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
     """Indices of the blocks whose codes are all zero."""
     return np.flatnonzero((codes.view("<u8") & MAGNITUDES) == 0)
+
+
+def any_nonfinite(numbers: npt.NDArray[np.uint16] | npt.NDArray[np.uint32], exponent: int) -> bool:
+    """Whether a number, given as its contiguous bits, has all bits of `exponent` set: NaN or infinity."""
+    if choose("nvfp4_stats", "cpu").backend == "cpu-native":
+        core = native.function(f"m27_nonfinite{8 * numbers.itemsize}")
+        return bool(core(numbers.ctypes.data, numbers.size, exponent))
+    return bool(((numbers & exponent) == exponent).any())
