@@ -11,7 +11,8 @@ from torch import Tensor
 
 def select(logits_TE: Tensor, bias_E: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Experts [T, K] I64 and weights [T, K] F32; see the package's `route`."""
-    scores_TE = torch.sigmoid(logits_TE)
+    # in F64: torch's F32 exp has another last bit for elements that do not fill a vector register
+    scores_TE = torch.sigmoid(logits_TE.double()).float()
     # stable: of equal ones the lower index comes first; topk leaves it open
     order_TE = torch.sort(scores_TE + bias_E, dim=-1, descending=True, stable=True).indices
     experts_TK = order_TE[:, :k].contiguous()
