@@ -11,13 +11,14 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from m27quant.kernels import chip as chips
 from m27quant.kernels import cpu_level, native
 
 Backend = Literal["reference", "cpu-native", "triton"]
 
 ENVIRONMENT_VARIABLE = "M27QUANT_KERNELS"
 
-_COMPILED = frozenset({"nvfp4_pack", "nvfp4_stats", "fp8_dequant", "nvfp4_quantize"})
+_COMPILED = frozenset({"nvfp4_pack", "nvfp4_stats", "fp8_dequant", "nvfp4_quantize", "fp8_kv_attention"})
 """Operations with a compiled CPU implementation."""
 
 _COMPILED_BY_LEVEL = frozenset({"nvfp4_gemm", "nvfp4_moe", "linear"})
@@ -25,6 +26,9 @@ _COMPILED_BY_LEVEL = frozenset({"nvfp4_gemm", "nvfp4_moe", "linear"})
 
 _TRITON = frozenset({"nvfp4_pack"})
 """Operations with a Triton implementation for CUDA."""
+
+_PRODUCTS = frozenset({"nvfp4_gemm", "nvfp4_moe"})
+"""Those in Triton that multiply on tensor cores, on chips that have the right ones."""
 
 
 class Choice(NamedTuple):
@@ -48,6 +52,8 @@ def choose(op: str, device: torch.device | str) -> Choice:
             isa = cpu_level.name() if op in _COMPILED_BY_LEVEL else library.isa
             return Choice("cpu-native", f"compiled core, {isa}, {torch.get_num_threads()} threads")
         return Choice("reference", library.error)
+    if kind == "cuda" and op in _PRODUCTS:
+        return _tensor_cores(torch.device(device))
     if kind == "cuda" and op in _TRITON:
         return _triton()
     return Choice("reference", f"plain torch on {kind}")
@@ -59,3 +65,15 @@ def _triton() -> Choice:
     except ImportError as error:
         return Choice("reference", f"Triton cannot be imported: {error}")
     return Choice("triton", f"Triton {triton.__version__}")
+
+
+def _tensor_cores(device: torch.device) -> Choice:
+    choice = _triton()
+    if choice.backend != "triton":
+        return choice
+    chip, version = chips.of(device), chips.triton_version()
+    if missing := chips.why_not_triton(chip, version):
+        return Choice("reference", missing)
+    missing = chips.why_not_fp4(chip, version)
+    w4a4 = f"W4A4 in BF16, {missing}" if missing else f"W4A4 on FP4 tensor cores of {chip.name}"
+    return Choice("triton", f"{choice.reason}: {w4a4}")

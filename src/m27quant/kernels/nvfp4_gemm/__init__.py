@@ -102,4 +102,8 @@ def _module(backend: Backend) -> ModuleType:
         from m27quant.kernels.nvfp4_gemm import cpu
 
         return cpu
+    if backend == "triton":
+        from m27quant.kernels.nvfp4_gemm import gpu
+
+        return gpu
     return reference

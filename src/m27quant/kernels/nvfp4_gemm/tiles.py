@@ -46,7 +46,7 @@ def bf16(chip: Chip, tokens: float, invariant: bool, *, f32: bool = False) -> Ti
     BT = tokens_in_tile(tokens, 32 if f32 else 128, invariant)
     if f32:
         return Tile(64, BT, 64, 4, 2)
-    if chip.shared < 160 * 1024:  # consumer chips
+    if chip.arch != 90 and not chip.tmem:  # a warp multiplies alone, and keeps its sums in registers
         return {
             16: Tile(64, 16, 256, 4, 3),
             32: Tile(64, 32, 128, 4, 3),

@@ -223,4 +223,8 @@ def _module(backend: Backend) -> ModuleType:
         from m27quant.kernels.nvfp4_moe import cpu
 
         return cpu
+    if backend == "triton":
+        from m27quant.kernels.nvfp4_moe import gpu
+
+        return gpu
     return reference

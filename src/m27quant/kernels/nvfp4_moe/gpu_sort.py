@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 @triton.jit
