@@ -47,6 +47,7 @@ class DFlashDrafter:
         taps: tuple[int, ...],
         *,
         num_draft_tokens: int | None = None,
+        nbytes: int = 0,
     ) -> None:
         """Make a drafter without history.
 
@@ -55,6 +56,7 @@ class DFlashDrafter:
             weights: in the dtype and on the device to compute with.
             taps: hidden states of the target, in the order of fc's columns.
             num_draft_tokens: drafts a step; a block then has one row more.  block_size - 1 where None.
+            nbytes: of its own weights, what it borrows left out.
 
         Raises:
             UsageError: more drafts than a block has, or none.
@@ -66,6 +68,7 @@ class DFlashDrafter:
                 f"1 to {most}"
             )
         self.settings, self.weights, self.taps = settings, weights, taps
+        self.nbytes = nbytes
         self.num_draft_tokens = self.max_depth = num_draft_tokens or most
         s, fc = settings.sizes, weights.fc
         self.dtype, self.device = fc.dtype, fc.device

@@ -63,6 +63,7 @@ class Eagle3Drafter:
         num_steps: int = DEFAULT_STEPS,
         topk: int = 1,
         num_draft_tokens: int | None = None,
+        nbytes: int = 0,
     ) -> None:
         """Make a drafter without history.
 
@@ -73,6 +74,7 @@ class Eagle3Drafter:
             num_steps: depth of the tree; it takes num_steps - 1 forward passes beside the extension.
             topk: children of a node, and nodes of a frontier.
             num_draft_tokens: rows that the target verifies, the root included; with top-1 num_steps + 1 in any case.
+            nbytes: of its own weights, what it borrows left out.
 
         Raises:
             UsageError: settings that make no tree.
@@ -82,6 +84,7 @@ class Eagle3Drafter:
             num_draft_tokens = most if topk == 1 else min(DEFAULT_TREE, most)
         check_shape(num_steps, topk, num_draft_tokens, len(weights.shared.head))
         self.settings, self.weights, self.taps = settings, weights, taps
+        self.nbytes = nbytes
         self.num_steps = self.max_depth = num_steps
         self.topk = topk
         self.num_draft_tokens = num_draft_tokens - 1

@@ -64,8 +64,6 @@ class LoadedDrafter:
     taps: Taps
     choice: TapChoice
     notes: tuple[str, ...]
-    nbytes: int
-    """Of its own weights in memory, what it borrows left out."""
 
 
 class _Strict:
@@ -138,7 +136,7 @@ def load_drafter(
     else:
         drafter = _eagle3(config, weights, shared, choice, options)
     notes = [choice.statement, *_notes(config, target, drafter, faults)]
-    return LoadedDrafter(config.kind, drafter, taps, choice, tuple(notes), weights.nbytes)
+    return LoadedDrafter(config.kind, drafter, taps, choice, tuple(notes))
 
 
 def _refuse_side_files(folder: Path) -> None:
@@ -199,7 +197,9 @@ def _dflash(
         layers=tuple(w.layer(n, True) for n in range(c.num_hidden_layers)),
         shared=shared,
     )
-    return DFlashDrafter(settings, weights, choice.hidden_states, num_draft_tokens=options.num_draft_tokens)
+    return DFlashDrafter(
+        settings, weights, choice.hidden_states, num_draft_tokens=options.num_draft_tokens, nbytes=w.nbytes
+    )
 
 
 def _eagle3(
@@ -225,6 +225,7 @@ def _eagle3(
         num_steps=DEFAULT_STEPS if options.num_steps is None else options.num_steps,
         topk=1 if options.eagle_topk is None else options.eagle_topk,
         num_draft_tokens=options.num_draft_tokens,
+        nbytes=w.nbytes,
     )
 
 
