@@ -9,7 +9,11 @@ import pytest
 from m27quant import verify_checkpoint
 from m27quant.verify.checks import CHECKS
 from m27quant.verify.findings import Finding, Severity, VerifyResult
-from tests.faults.outputs import FAULTS, Fault
+from tests.faults.outputs import FAULTS as PLAIN
+from tests.faults.outputs import Fault
+from tests.faults.subtle import SUBTLE
+
+FAULTS = PLAIN | SUBTLE
 
 ON_REQUEST = ("M27-V", "M27-R", "M27-W", "M27-L")
 """What --gpu, --drafter and --full ask for: test_serving.py, test_drafter.py, test_full.py."""
@@ -45,7 +49,12 @@ def test_found_under_its_own_code(folder: Path, fault: Fault) -> None:
 def test_every_check_is_made_to_find_something() -> None:
     good_ones = {"M27-S017", "M27-F027"}  # in test_good.py: a note on a recipe, and one on the official sizes
     on_request = {code for code in CHECKS if code.startswith(ON_REQUEST)}
-    assert {f.code for f in FAULTS.values()} | good_ones | {OVERLAP, NO_END} == set(CHECKS) - on_request
+    made = {f.code for f in FAULTS.values()} - on_request
+    assert made | good_ones | {OVERLAP, NO_END} == set(CHECKS) - on_request
+
+
+def test_no_fault_hides_another_of_the_same_name() -> None:
+    assert not PLAIN.keys() & SUBTLE.keys()
 
 
 def test_there_are_enough_of_them() -> None:

@@ -48,6 +48,8 @@ def _engines(vllm: str = "", sglang: str = "", transformers: str = "") -> dict[s
     return {engine: what for engine, what in table.items() if what}
 
 
+_AS_IS = _engines("used as it is", "used as it is", "used as it is")
+
 # -- container -------------------------------------------------------------------------------------
 
 _check(
@@ -385,11 +387,21 @@ _check(
     "Nothing, where this is meant; recipe nvfp4_experts_only-fp8_kv calibrates them.",
     _engines("1.0 and one warning", "1.0"),
 )  # fmt: skip
+_check(
+    "M27-S018", WARNING, "global scales look like reciprocals",
+    "Half of these scales stand for weights or inputs that no model has. compressed-tensors stores 2688/amax where "
+    "modelopt stores amax/2688; with --source, M27-W012 proves it.",
+    "Store the reciprocals: weight_scale_2 = amax/2688, input_scale = amax/2688.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-S019", WARNING, "KV scale far from the other layers'",
+    "A scale 64 times below the median of all layers saturates the cache, one 64 times above leaves it few values.",
+    "Calibrate the KV cache again.", _AS_IS,
+)  # fmt: skip
 
 # -- weights: level full; from W010 on with a source -----------------------------------------------
 
 _FETCH = "Download the file again, or quantize again."
-_AS_IS = _engines("used as it is", "used as it is", "used as it is")
 _GARBAGE = _engines("garbage, silently", "garbage, silently", "garbage, silently")
 
 _check(
@@ -420,6 +432,10 @@ _check(
     "M27-W006", WARNING, "report does not cover the shards",
     "quantization_report.json has no SHA-256 of a shard: that file's content is unproven.",
     "Take report and shards of one run.",
+)  # fmt: skip
+_check(
+    "M27-W007", ERROR, "norm or router is all zero",
+    "Nothing of the hidden state passes such a norm, and such a router knows no expert.", _AGAIN, _AS_IS,
 )  # fmt: skip
 _check(
     "M27-W010", ERROR, "nibbles are swapped",
@@ -486,6 +502,12 @@ _check(
     "M27-W023", WARNING, "quantized under another maximum",
     "Most matrices are exactly what quantizing the source gives; this one has another global scale and codes for it.",
     "Quantize again, with weight_scale_2 from the matrix's own maximum.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W024", ERROR, "config.json computes otherwise than the source's",
+    "The sizes agree, but a field that decides on the numbers (rotation, epsilon, experts a token) is another.",
+    "Take config.json from the source and replace only quantization_config.",
+    _engines("computes with the field: garbage", "as vLLM", "as vLLM"),
 )  # fmt: skip
 
 # -- configs ---------------------------------------------------------------------------------------
@@ -589,12 +611,13 @@ _check(
 )  # fmt: skip
 _check(
     "M27-F020", WARNING, "tokenizer class that breaks on transformers 5",
-    "GPT2Tokenizer replaces M2's own pre-tokenizer in early transformers 5: spurious spaces, other ids.",
+    "GPT2Tokenizer replaces M2's own pre-tokenizer in early transformers 5: spurious spaces, other ids. Any class "
+    "but those that take tokenizer.json as it is may do the like, or not exist.",
     'Set tokenizer_class to "PreTrainedTokenizerFast" in tokenizer_config.json.',
     _engines("spurious spaces, by version", "spurious spaces, by version", "wrong in early 5.x"),
 )  # fmt: skip
 _check(
-    "M27-F021", WARNING, "tokenizer is missing", "No tokenizer.json in the folder.",
+    "M27-F021", WARNING, "tokenizer is missing", "No tokenizer.json, or no tokenizer_config.json, in the folder.",
     "Copy it from the original.",
     _engines("needs --tokenizer", "needs --tokenizer-path", "cannot load a tokenizer"),
 )  # fmt: skip
@@ -630,6 +653,11 @@ _check(
     "The sizes are those of MiniMax-M2.x, but rotary_dim, rope_theta or head_dim is not what it was trained with.",
     "Take the field from the official config.json: rotary_dim 64, rope_theta 5000000, head_dim 128.",
     _engines("rotates wrongly: garbage", "rotates wrongly: garbage", "rotates wrongly: garbage"),
+)  # fmt: skip
+_check(
+    "M27-F028", WARNING, "chat template is not usable", "The chat template is empty, or Jinja cannot compile it.",
+    "Copy chat_template.jinja from the original.",
+    _engines("chat requests fail", "chat requests fail", "apply_chat_template fails"),
 )  # fmt: skip
 
 # -- engines ---------------------------------------------------------------------------------------

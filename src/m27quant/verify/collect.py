@@ -51,6 +51,10 @@ class Findings:
     def __init__(self) -> None:
         self._groups: dict[tuple[str, int | None, str], _Group] = {}
 
+    def any(self, *codes: str) -> bool:
+        """Whether one of these checks has found something."""
+        return any(code in codes for code, _, _ in self._groups)
+
     def add(
         self,
         code: str,

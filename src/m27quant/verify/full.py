@@ -9,6 +9,7 @@ from m27quant.checkpoint.hub import locate
 from m27quant.checkpoint.source import Source
 from m27quant.progress import Progress, ProgressCallback
 from m27quant.verify.collect import Findings
+from m27quant.verify.same_config import compare_configs
 from m27quant.verify.stream import Visitor, stream
 from m27quant.verify.view import View
 from m27quant.verify.weights import Values, ValueVisitor, compare_hashes, reported_hashes
@@ -58,6 +59,8 @@ def _stream(view: View, found: Findings, source: Source | None, progress: Progre
         comparison = Comparison(view, source, found)
         if not comparison.same_model():
             comparison = None
+        elif view.config is not None:
+            compare_configs(view.config, source.config, found)
 
     def visitor() -> Visitor:
         if comparison is None:

@@ -12,6 +12,7 @@ from m27quant.checkpoint.config import M2Config
 from m27quant.checkpoint.names import TensorSpec
 from m27quant.errors import escape
 from m27quant.verify.collect import Findings, place
+from m27quant.verify.renames import recognize_renames
 from m27quant.verify.view import View
 
 MAX_TENSORS = 1_000_000
@@ -37,9 +38,11 @@ def check_inventory(view: View, found: Findings) -> None:
         return
     _recognize_formats(view, found)
     view.expected = {spec.name: spec for spec in expected_tensors(view.config)}
-    _check_missing(view, found)
-    _check_kv_scales(view, found)
-    _check_unknown(view, found)
+    strange = [n for n in view.tensors if n not in view.expected and unknown_kind(n) is None]
+    told = set() if view.excused else recognize_renames(view, strange, found)
+    _check_missing(view, told, found)
+    _check_kv_scales(view, told, found)
+    _check_unknown(view, told, found)
 
 
 def expected_tensors(c: M2Config) -> Iterator[TensorSpec]:
@@ -165,11 +168,14 @@ def _is_excused(view: View, name: str) -> bool:
 # -- names -----------------------------------------------------------------------------------------
 
 
-def _check_missing(view: View, found: Findings) -> None:
+def _check_missing(view: View, told: set[str], found: Findings) -> None:
     absent = [
         n
         for n in view.expected
-        if n not in view.tensors and n not in view.lost and not n.endswith(("k_scale", "v_scale"))
+        if n not in view.tensors
+        and n not in view.lost
+        and n not in told
+        and not n.endswith(("k_scale", "v_scale"))
     ]
     if not absent:
         return
@@ -189,7 +195,7 @@ def _spec(spec: TensorSpec) -> str:
     return f"{spec.dtype} {list(spec.shape)}"
 
 
-def _check_kv_scales(view: View, found: Findings) -> None:
+def _check_kv_scales(view: View, told: set[str], found: Findings) -> None:
     assert view.config is not None
     layers = range(view.config.num_hidden_layers)
     there = {
@@ -198,7 +204,7 @@ def _check_kv_scales(view: View, found: Findings) -> None:
         for name in (names.k_scale(layer), names.v_scale(layer))
         if name in view.tensors
     }
-    promised = {n for n in view.lost if n.endswith((".k_scale", ".v_scale"))}
+    promised = {n for n in view.lost | told if n.endswith((".k_scale", ".v_scale"))}
     if not there and not promised:
         renamed = any(_ENGINE_KV.search(name) for name in view.tensors)
         if view.recipe_kv == "fp8" and not renamed:
@@ -232,10 +238,10 @@ def _check_kv_scales(view: View, found: Findings) -> None:
         )  # fmt: skip
 
 
-def _check_unknown(view: View, found: Findings) -> None:
+def _check_unknown(view: View, told: set[str], found: Findings) -> None:
     assert view.config is not None
     for name in view.tensors:
-        if name in view.expected:
+        if name in view.expected or name in told:
             continue
         code, what = _kind(name, view.config)
         worst = float(".experts." in name)
@@ -246,18 +252,28 @@ def _check_unknown(view: View, found: Findings) -> None:
 
 def _kind(name: str, c: M2Config) -> tuple[str, str]:
     layer, expert, _ = place(name)
+    kind = unknown_kind(name)
+    if kind is not None and kind[0] in ("M27-T006", "M27-T008"):
+        return kind
+    if layer is not None and layer >= c.num_hidden_layers:
+        return "M27-T007", f"belongs to a layer behind the {c.num_hidden_layers} of config.json"
+    if kind is not None:
+        return kind
+    if expert is not None and expert >= c.num_local_experts:
+        return "M27-T009", f"belongs to an expert beyond the {c.num_local_experts} of config.json"
+    return "M27-T009", "is not a tensor of MiniMax-M2"
+
+
+def unknown_kind(name: str) -> tuple[str, str] | None:
+    """(code, what it is) of a name that some tool is known to write; None for any other."""
     if _CALIBRATION.search(name):
         return "M27-T006", "is state of a calibration, not of a checkpoint"
     if _ENGINE_KV.search(name):
         return "M27-T008", "is an engine's name; checkpoints say k_proj.k_scale and v_proj.v_scale"
-    if layer is not None and layer >= c.num_hidden_layers:
-        return "M27-T007", f"belongs to a layer behind the {c.num_hidden_layers} of config.json"
     if name.endswith("_scale_inv"):
         return "M27-T011", "is a block scale of the FP8 original"
     if _COMPRESSED.search(name):
         return "M27-T014", "is a name of compressed-tensors"
     if _IN_MEMORY.search(name):
         return "M27-T005", "is transformers' name in memory, not the official one"
-    if expert is not None and expert >= c.num_local_experts:
-        return "M27-T009", f"belongs to an expert beyond the {c.num_local_experts} of config.json"
-    return "M27-T009", "is not a tensor of MiniMax-M2"
+    return None

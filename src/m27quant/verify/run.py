@@ -12,6 +12,7 @@ from m27quant.checkpoint.hub import Location
 from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.progress import ProgressCallback
 from m27quant.progress import ignore as nobody
+from m27quant.verify.chat import check_chat_template
 from m27quant.verify.checks import CHECKS
 from m27quant.verify.collect import Findings
 from m27quant.verify.configs import check_configs, read_configs
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from m27quant.verify.logits import LogitsOptions
 
 Level = Literal["quick", "default", "full"]
-NEEDS_SCALES = {f"M27-S{number:03d}" for number in range(1, 17)}
+NEEDS_SCALES = {f"M27-S{number:03d}" for number in range(1, 20) if number != 17}
 """What headers cannot tell."""
 OF_WEIGHTS, FIRST_OF_SOURCE = "M27-W", "M27-W010"
+OF_SMALL_TENSORS = ("M27-W005", "M27-W007")
 OF_SERVING, OF_DRAFTER, OF_LOGITS = "M27-V", "M27-R", "M27-L"
 
 
@@ -84,12 +86,16 @@ def verify_checkpoint(
     read_configs(view, found)
     check_inventory(view, found)
     check_types(view, found)
-    check_configs(view, found)
     check_engines(view, found, ENGINES if engine is None else (engine,))
+    check_configs(view, found)
+    check_chat_template(view, found)
     if level != "quick":
         from m27quant.verify.scales import check_scales  # numpy: not for headers alone
 
         check_scales(view, found)
+        from m27quant.verify.small import check_small
+
+        check_small(view, found, finite=level != "full")
     more: dict[str, Any] = {}
     if level == "full":
         from m27quant.verify.full import check_full  # the kernels, and torch
@@ -164,6 +170,8 @@ def _chosen(
 
 def _reads_weights(code: str, level: Level, source: object) -> bool:
     """Whether a check of weights applies at this level; from W010 on it compares with a source."""
+    if level == "default":
+        return code in OF_SMALL_TENSORS
     return level == "full" and (source is not None or code < FIRST_OF_SOURCE)
 
 

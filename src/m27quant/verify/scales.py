@@ -15,6 +15,7 @@ from m27quant.checkpoint import names
 from m27quant.checkpoint.config import GROUP_SIZE, M2Config
 from m27quant.checkpoint.header import TensorInfo
 from m27quant.verify.collect import Findings
+from m27quant.verify.plausible import check_kv_outliers, check_reciprocals
 from m27quant.verify.reading import read_tensors
 from m27quant.verify.view import View
 
@@ -44,6 +45,8 @@ def check_scales(view: View, found: Findings) -> None:
     for part in ("weight_scale_2", "input_scale"):
         table_LEP = _table(scalars, c, part)
         _check_table(table_LEP, part, found)
+        check_reciprocals(table_LEP, part, found)
+    check_kv_outliers(scalars, c, found)
     _check_kv(scalars, c, found)
     _check_block_scales(view, found)
 
