@@ -8,8 +8,10 @@ from setuptools import Extension, setup
 
 NATIVE = "src/m27quant/kernels/_native"
 SOURCES = (
+    "attention",
     "core",
     "fp8_dequant",
+    "kv_write",
     "linear",
     "nvfp4_dot_avx2",
     "nvfp4_dot_avx512",
@@ -27,7 +29,7 @@ setup(
         Extension(
             "m27quant.kernels._native.core",
             sources=[f"{NATIVE}/{name}.c" for name in SOURCES],
-            depends=[f"{NATIVE}/{name}.h" for name in ("core", "nvfp4", "nvfp4_fp8")],
+            depends=[f"{NATIVE}/{name}.h" for name in ("core", "kv_cache", "nvfp4", "nvfp4_fp8")],
             # No -ffast-math and no contraction to FMA: every operation is rounded once, as in the reference.
             extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
             libraries=["m"],

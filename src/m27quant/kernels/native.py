@@ -48,6 +48,18 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         None,
         [c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, *[c_int64] * 3, *_ROWS],
     ),
+    "m27_write_kv": (
+        None,
+        [c_void_p, c_int, c_int64, c_int64, c_void_p, c_int, c_float, c_void_p, *_ROWS],
+    ),
+    "m27_attention_plan": (c_int64, [*[c_void_p] * 4, *[c_int64] * 7, c_void_p, c_void_p]),
+    "m27_attention": (
+        c_int,
+        [
+            *(c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int, *[c_void_p] * 5, *[c_int64] * 6),
+            *(c_float, c_float, c_int64, c_int64, c_void_p, c_int, *_ROWS),
+        ],
+    ),
     "m27_nvfp4_level": (c_int, []),
     "m27_nvfp4_level_name": (c_char_p, [c_int]),
     "m27_nvfp4_quantize": (None, [c_void_p, c_int, c_int64, c_float, c_int, c_void_p, c_void_p, *_ROWS]),

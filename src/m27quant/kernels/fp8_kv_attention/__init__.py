@@ -6,8 +6,11 @@ table, X longest tail.  A cache is [num_blocks, block_size, J, C]; slot = block 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
+from m27quant.kernels.dispatch import choose
 from m27quant.kernels.fp8_kv_attention import reference
 from m27quant.kernels.fp8_kv_attention.checks import CACHE_DTYPES, check_attention, check_lists, check_write
 
@@ -40,7 +43,7 @@ def write_kv(
             is written then).
     """
     check_write(k_TJC, v_TJC, k_cache, v_cache, slots_T, k_scale, v_scale)
-    reference.write_kv(k_TJC, v_TJC, k_cache, v_cache, slots_T, k_scale, v_scale)
+    _backend(k_cache).write_kv(k_TJC, v_TJC, k_cache, v_cache, slots_T, k_scale, v_scale)
 
 
 def attention(
@@ -84,9 +87,10 @@ def attention(
             that does not exist.
     """
     check_attention(q_THC, k_cache, v_cache, block_table_SB, sequence_T, context_T, tail_TX, k_scale, v_scale)
-    if q_THC.device.type == "cpu":
+    backend = _backend(q_THC)
+    if backend is reference and q_THC.device.type == "cpu":
         check_lists(k_cache, block_table_SB, sequence_T, context_T, tail_TX)
-    return reference.attention(
+    result: Tensor = backend.attention(
         q_THC,
         k_cache,
         v_cache,
@@ -97,4 +101,19 @@ def attention(
         k_scale,
         v_scale,
         softmax_scale,
+        invariant=invariant,
     )
+    return result
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    backend = choose("fp8_kv_attention", tensor.device).backend
+    if backend == "cpu-native":
+        from m27quant.kernels.fp8_kv_attention import cpu
+
+        return cpu
+    if backend == "triton":
+        from m27quant.kernels.fp8_kv_attention import gpu
+
+        return gpu
+    return reference

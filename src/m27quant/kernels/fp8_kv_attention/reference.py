@@ -62,8 +62,10 @@ def attention(
     k_scale: Tensor,
     v_scale: Tensor,
     softmax_scale: float,
+    *,
+    invariant: bool = False,
 ) -> Tensor:
-    """See the package; F32 throughout, rounded once to q's dtype."""
+    """See the package; F32 throughout, rounded once to q's dtype; a row by itself, so invariant in any case."""
     _, H, C = q_THC.shape
     block_size, J = k_cache.shape[1:3]
     k_slots, v_slots = k_cache.flatten(0, 1), v_cache.flatten(0, 1)

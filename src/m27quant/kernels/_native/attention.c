@@ -1,0 +1,402 @@
+/* Attention over a paged cache: every row over its own list of keys.  The specification is
+ * fp8_kv_attention/reference.py; its shapes: T rows, H query heads, J key/value heads, C head_dim, G = H/J.
+ *
+ * What a row gives depends on its query and its list of keys alone: keys are taken in chunks of 64 and spans of 1024
+ * counted by position in the list.  A chunk gives its largest score m, the sum l of exp(score - m) and the sum of
+ * exp(score - m) v; chunks are merged in order to a span, spans in order to the row.  Rows that share keys are
+ * computed together and spans apart from each other without a change of this order.
+ */
+#include <stdlib.h>
+
+#include "kv_cache.h"
+
+#define CHUNK 64
+#define SPAN 1024
+#define HEADER 16 /* a state is m, l and, from here on, the weighted sum of values */
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions alone */
+#endif
+
+typedef float v4 __attribute__((vector_size(16)));
+typedef float v16 __attribute__((vector_size(64)));
+typedef int32_t v16i __attribute__((vector_size(64)));
+typedef uint32_t v16u __attribute__((vector_size(64)));
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t v4i __attribute__((vector_size(16)));
+#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (v4i){i, j, k, l})
+#endif
+
+typedef struct {
+    const void *q;
+    void *out;
+    int rows_are_bf16, kind; /* of the cache: see kv_cache.h */
+    const uint8_t *k_cache, *v_cache;
+    const int32_t *table, *sequence, *context;
+    const int64_t *tail, *starts; /* group g has the rows from starts[g] to starts[g + 1] */
+    int64_t H, J, C, B, X, block_size;
+    float score_scale, v_scale;
+} Attention;
+
+/* One group of rows and one key/value head at work. */
+typedef struct {
+    int64_t first, rows, head, G, width; /* width: C rounded up to whole vectors */
+    float *q, *part, *total, *k, *v;     /* [rows * G] queries and states, [CHUNK] keys and values */
+    int64_t slots[2][CHUNK];
+} Unit;
+
+M27_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+M27_INLINE v16 load16(const float *p) {
+    v16 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+M27_INLINE void store16(float *p, v16 v) { memcpy(p, &v, sizeof v); }
+
+M27_INLINE v16 splat(float x) { return (v16){0} + x; }
+
+/* e^x for x <= 0 within 1.5 units in the last place; below 2^-126 it is 0; a NaN stays one. */
+M27_INLINE v16 exp16(v16 x) {
+    v16 shifted = x * 0x1.715476p+0f + 0x1.8p23f; /* the nearest integer to x / ln 2 in the lowest bits */
+    v16 n = shifted - 0x1.8p23f;
+    v16 r = x - n * 0x1.63p-1f;
+    r = r - n * -0x1.bd0106p-13f; /* ln 2 in two parts, the first one exact times n */
+    v16 y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    y = y * (v16)(((v16u)shifted << 23) + 0x3F800000u);
+    v16i vanishes = x < -0x1.5d589ep+6f;
+    return (v16)((v16i)y & ~vanishes);
+}
+
+M27_INLINE float exp1(float x) {
+    v16 y = exp16(splat(x));
+    return y[0];
+}
+
+/* The sums of the lanes of four vectors, each halved four times. */
+M27_INLINE v4 sum_lanes4(const v16 *a) {
+    v4 s[4];
+    for (int i = 0; i < 4; i++) {
+        v4 part[4];
+        memcpy(part, &a[i], sizeof part);
+        s[i] = (part[0] + part[2]) + (part[1] + part[3]);
+    }
+    v4 x = SHUFFLE(s[0], s[1], 0, 1, 4, 5) + SHUFFLE(s[0], s[1], 2, 3, 6, 7);
+    v4 y = SHUFFLE(s[2], s[3], 0, 1, 4, 5) + SHUFFLE(s[2], s[3], 2, 3, 6, 7);
+    return SHUFFLE(x, y, 0, 2, 4, 6) + SHUFFLE(x, y, 1, 3, 5, 7);
+}
+
+/* score[i] = q[i] k^T for NQ queries, four keys at a time; what lies behind key n is not looked at later. */
+M27_INLINE void dots(const float *q, const float *k, int64_t width, int64_t n, float score[][CHUNK], int NQ) {
+    for (int64_t key = 0; key < n; key += 4) {
+        v16 sum[4][4];
+        for (int i = 0; i < NQ; i++)
+            for (int j = 0; j < 4; j++) sum[i][j] = (v16){0};
+        for (int64_t c = 0; c < width; c += 16) {
+            for (int j = 0; j < 4; j++) {
+                v16 kj = load16(k + (key + j) * width + c);
+                for (int i = 0; i < NQ; i++) sum[i][j] += load16(q + i * width + c) * kj;
+            }
+        }
+        for (int i = 0; i < NQ; i++) {
+            v4 s = sum_lanes4(sum[i]);
+            memcpy(&score[i][key], &s, sizeof s);
+        }
+    }
+}
+
+/* sum[i] = weights[i] v for NQ queries, the n keys in order; `V` vectors at a time. */
+M27_INLINE void weigh(float weights[][CHUNK], const float *v, int64_t width, int64_t n, float *const *sum, int NQ,
+                      int V, int64_t c0) {
+    v16 acc[4][4];
+    for (int i = 0; i < NQ; i++)
+        for (int j = 0; j < V; j++) acc[i][j] = (v16){0};
+    for (int64_t key = 0; key < n; key++)
+        for (int j = 0; j < V; j++) {
+            v16 vj = load16(v + key * width + c0 + 16 * j);
+            for (int i = 0; i < NQ; i++) acc[i][j] += vj * weights[i][key];
+        }
+    for (int i = 0; i < NQ; i++)
+        for (int j = 0; j < V; j++) store16(sum[i] + c0 + 16 * j, acc[i][j]);
+}
+
+/* Scores to weights in place: the largest to m, their sum to l. */
+M27_INLINE void soften(float *score, int64_t n, float scale, float *m, float *l) {
+    int64_t whole = (n + 15) / 16 * 16;
+    for (int64_t i = n; i < whole; i++) score[i] = -INFINITY;
+    v16 largest = splat(-INFINITY);
+    for (int64_t i = 0; i < whole; i += 16) {
+        v16 s = load16(score + i) * scale;
+        store16(score + i, s);
+        v16i more = s > largest;
+        largest = (v16)(((v16i)s & more) | ((v16i)largest & ~more));
+    }
+    float top = -INFINITY;
+    for (int j = 0; j < 16; j++) top = largest[j] > top ? largest[j] : top;
+    float origin = top == -INFINITY ? 0 : top;
+    v16 total = {0};
+    for (int64_t i = 0; i < whole; i += 16) {
+        v16 p = exp16(load16(score + i) - origin);
+        store16(score + i, p);
+        total += p;
+    }
+    float lane[16];
+    memcpy(lane, &total, sizeof lane);
+    for (int half = 8; half; half /= 2)
+        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
+    *m = top;
+    *l = lane[0];
+}
+
+/* Adds what came later in the list to a state. */
+M27_CLONES static void merge(float *state, const float *later, int64_t width) {
+    float m = state[0] > later[0] ? state[0] : later[0], origin = m == -INFINITY ? 0 : m;
+    float a = exp1(state[0] - origin), b = exp1(later[0] - origin);
+    state[0] = m;
+    state[1] = state[1] * a + later[1] * b;
+    for (int64_t c = HEADER; c < HEADER + width; c += 16)
+        store16(state + c, load16(state + c) * a + load16(later + c) * b);
+}
+
+/* NQ queries of one row over a chunk of n keys. */
+M27_INLINE void chunk_tile(const Attention *p, const Unit *u, int64_t query, int64_t n, int first_of_span, int NQ) {
+    _Alignas(64) float score[4][CHUNK];
+    int64_t width = u->width, stride = HEADER + width;
+    dots(u->q + query * width, u->k, width, n, score, NQ);
+    float *state[4], *sum[4];
+    _Alignas(64) float fresh[4][HEADER + MAX_WIDTH];
+    for (int i = 0; i < NQ; i++) {
+        state[i] = first_of_span ? u->part + (query + i) * stride : fresh[i];
+        sum[i] = state[i] + HEADER;
+        soften(score[i], n, p->score_scale, &state[i][0], &state[i][1]);
+    }
+    int64_t c = 0;
+    for (; c + 64 <= width; c += 64) weigh(score, u->v, width, n, sum, NQ, 4, c);
+    for (; c < width; c += 16) weigh(score, u->v, width, n, sum, NQ, 1, c);
+    if (!first_of_span)
+        for (int i = 0; i < NQ; i++) merge(u->part + (query + i) * stride, fresh[i], width);
+}
+
+/* All queries of row r of the unit over the n keys that lie in the scratch. */
+M27_CLONES static void chunk_row(const Attention *p, const Unit *u, int64_t r, int64_t n, int first_of_span) {
+    int64_t query = r * u->G, end = query + u->G;
+    for (; query + 4 <= end; query += 4) chunk_tile(p, u, query, n, first_of_span, 4);
+    for (; query + 2 <= end; query += 2) chunk_tile(p, u, query, n, first_of_span, 2);
+    for (; query < end; query++) chunk_tile(p, u, query, n, first_of_span, 1);
+}
+
+M27_INLINE int64_t tail_length(const Attention *p, int64_t t) {
+    int64_t n = 0;
+    while (n < p->X && p->tail[t * p->X + n] >= 0) n++;
+    return n;
+}
+
+/* The slots of the n keys from `key` on of row t. */
+M27_INLINE void find(const Attention *p, int64_t t, int64_t key, int64_t n, int64_t *slots) {
+    const int32_t *table = p->table + p->sequence[t] * p->B;
+    int64_t context = p->context[t];
+    for (int64_t i = 0; i < n; i++, key++)
+        slots[i] = key < context ? table[key / p->block_size] * p->block_size + key % p->block_size
+                                 : p->tail[t * p->X + key - context];
+}
+
+/* Keys and values of some slots to the scratch, the next ones on their way to the cache. */
+M27_CLONES static void fetch(const Attention *p, const Unit *u, const int64_t *slots, int64_t n, const int64_t *next,
+                      int64_t num_next) {
+    int64_t bytes = p->C * kv_bytes(p->kind);
+    for (int64_t i = 0; i < n; i++) {
+        int64_t at = (slots[i] * p->J + u->head) * bytes;
+        if (i < num_next) {
+            int64_t ahead = (next[i] * p->J + u->head) * bytes;
+            for (int64_t line = 0; line < bytes; line += 64) {
+                __builtin_prefetch(p->k_cache + ahead + line);
+                __builtin_prefetch(p->v_cache + ahead + line);
+            }
+        }
+        kv_decode(p->k_cache + at, p->kind, p->C, u->width, u->k + i * u->width);
+        kv_decode(p->v_cache + at, p->kind, p->C, u->width, u->v + i * u->width);
+    }
+}
+
+/* One span for all rows of a unit, to `part`; rows whose lists end before it are left out. */
+static void span(const Attention *p, Unit *u, int64_t from) {
+    int64_t tails[MAX_ROWS];
+    for (int64_t r = 0; r < u->rows; r++) tails[r] = tail_length(p, u->first + r);
+    int64_t known = -1; /* where the keys of slots[0] start */
+    for (int64_t key = from; key < from + SPAN; key += CHUNK) {
+        int64_t shared = 0, next = 0, longest = u->first;
+        for (int64_t r = 0; r < u->rows; r++) {
+            int64_t context = p->context[u->first + r], own = tails[r] && context < key + CHUNK;
+            if (!own && context - key > shared) shared = context - key, longest = u->first + r;
+        }
+        next = key + CHUNK < from + SPAN ? min64(CHUNK, shared - CHUNK) : 0;
+        shared = min64(shared, CHUNK);
+        if (shared) {
+            if (known != key) find(p, longest, key, shared, u->slots[0]);
+            if (next > 0) find(p, longest, key + CHUNK, next, u->slots[1]);
+            fetch(p, u, u->slots[0], shared, u->slots[1], next);
+            if (next == CHUNK) {
+                memcpy(u->slots[0], u->slots[1], sizeof u->slots[0]);
+                known = key + CHUNK;
+            }
+        }
+        for (int64_t r = 0; r < u->rows; r++) {
+            int64_t context = p->context[u->first + r], own = tails[r] && context < key + CHUNK;
+            if (!own && context > key) chunk_row(p, u, r, min64(context - key, CHUNK), key == from);
+        }
+        for (int64_t r = 0; r < u->rows; r++) {
+            int64_t context = p->context[u->first + r], n = min64(context + tails[r] - key, CHUNK);
+            if (!tails[r] || context >= key + CHUNK || n <= 0) continue;
+            int64_t slots[CHUNK];
+            find(p, u->first + r, key, n, slots);
+            fetch(p, u, slots, n, NULL, 0);
+            chunk_row(p, u, r, n, key == from);
+        }
+    }
+}
+
+static void load_queries(const Attention *p, const Unit *u) {
+    for (int64_t i = 0; i < u->rows * u->G; i++) {
+        int64_t at = ((u->first + i / u->G) * p->H + u->head * u->G + i % u->G) * p->C;
+        float *q = u->q + i * u->width;
+        for (int64_t c = 0; c < p->C; c++)
+            q[c] = p->rows_are_bf16 ? bf16_value(((const uint16_t *)p->q)[at + c]) : ((const float *)p->q)[at + c];
+        for (int64_t c = p->C; c < u->width; c++) q[c] = 0;
+    }
+}
+
+static void write_query(const Attention *p, const Unit *u, int64_t i, const float *state) {
+    int64_t at = ((u->first + i / u->G) * p->H + u->head * u->G + i % u->G) * p->C;
+    for (int64_t c = 0; c < p->C; c++) {
+        float y = state ? state[HEADER + c] / state[1] * p->v_scale : 0;
+        if (p->rows_are_bf16)
+            ((uint16_t *)p->out)[at + c] = bf16_bits(y);
+        else
+            ((float *)p->out)[at + c] = y;
+    }
+}
+
+M27_INLINE int64_t num_spans(const Attention *p, int64_t t) {
+    return (p->context[t] + tail_length(p, t) + SPAN - 1) / SPAN;
+}
+
+static void whole_unit(const Attention *p, Unit *u) {
+    int64_t stride = HEADER + u->width, most = 0;
+    load_queries(p, u);
+    for (int64_t r = 0; r < u->rows; r++) {
+        int64_t spans = num_spans(p, u->first + r);
+        most = spans > most ? spans : most;
+    }
+    for (int64_t s = 0; s < most; s++) {
+        span(p, u, s * SPAN);
+        for (int64_t i = 0; i < u->rows * u->G; i++) {
+            if (s >= num_spans(p, u->first + i / u->G)) continue;
+            float *total = u->total + i * stride, *part = u->part + i * stride;
+            if (s) merge(total, part, u->width);
+            else memcpy(total, part, (size_t)stride * sizeof *part);
+        }
+    }
+    for (int64_t i = 0; i < u->rows * u->G; i++)
+        write_query(p, u, i, num_spans(p, u->first + i / u->G) ? u->total + i * stride : NULL);
+}
+
+static void one_span(const Attention *p, Unit *u, int64_t s, float *parts) {
+    load_queries(p, u);
+    span(p, u, s * SPAN);
+    memcpy(parts, u->part, (size_t)(u->rows * u->G * (HEADER + u->width)) * sizeof *parts);
+}
+
+/* parts: [spans, rows * G] states; the first one's are added to. */
+static void join_spans(const Attention *p, const Unit *u, int64_t queries, float *parts) {
+    int64_t stride = HEADER + u->width;
+    for (int64_t i = 0; i < u->rows * u->G; i++) {
+        int64_t spans = num_spans(p, u->first + i / u->G);
+        for (int64_t s = 1; s < spans; s++) merge(parts + i * stride, parts + (s * queries + i) * stride, u->width);
+        write_query(p, u, i, spans ? parts + i * stride : NULL);
+    }
+}
+
+static int64_t make_unit(const Attention *p, int64_t index, Unit *u) {
+    int64_t group = index / p->J;
+    u->head = index % p->J;
+    u->first = p->starts[group];
+    u->rows = p->starts[group + 1] - u->first;
+    u->G = p->H / p->J;
+    u->width = (p->C + 15) / 16 * 16;
+    return u->rows * u->G;
+}
+
+static void run(const Attention *p, int64_t max_queries, int64_t spans, float *parts, int join, Unit *u, int64_t first,
+                int64_t end) {
+    for (int64_t item = first; item < end; item++) {
+        int64_t unit = spans && !join ? item / spans : item;
+        make_unit(p, unit, u);
+        float *at = parts + unit * spans * max_queries * (HEADER + u->width);
+        if (!spans) whole_unit(p, u);
+        else if (join) join_spans(p, u, max_queries, at);
+        else one_span(p, u, item % spans, at + item % spans * max_queries * (HEADER + u->width));
+    }
+}
+
+/* Items [first, end).  spans = 0: an item is a unit (group of rows, key/value head), computed whole.  Else a span of
+ * a unit, which goes to `parts`, F32 [units, spans, max_queries, 16 + width]; with `join` a unit again, whose parts
+ * become its result.  0 where there is no memory. */
+M27_EXPORT int m27_attention(const void *q, void *out, int rows_are_bf16, const void *k_cache, const void *v_cache,
+                             int kind, const int32_t *table, const int32_t *sequence, const int32_t *context,
+                             const int64_t *tail, const int64_t *starts, int64_t H, int64_t J, int64_t C, int64_t B,
+                             int64_t X, int64_t block_size, float score_scale, float v_scale, int64_t max_queries,
+                             int64_t spans, float *parts, int join, int64_t first, int64_t end) {
+    Attention p = {q, out, rows_are_bf16, kind, k_cache, v_cache, table, sequence, context, tail, starts, H, J, C, B,
+                   X, block_size, score_scale * kv_unit(kind), v_scale * kv_unit(kind)};
+    int64_t width = (C + 15) / 16 * 16, queries = max_queries * (3 * width + 2 * HEADER), keys = 2 * CHUNK * width;
+    float *scratch = aligned_alloc(64, (size_t)(queries + keys) * sizeof *scratch);
+    if (!scratch) return 0;
+    memset(scratch, 0, (size_t)(queries + keys) * sizeof *scratch);
+    Unit u;
+    u.k = scratch;
+    u.v = u.k + CHUNK * width;
+    u.q = u.v + CHUNK * width;
+    u.part = u.q + max_queries * width;
+    u.total = u.part + max_queries * (HEADER + width);
+    M27_IEEE(run(&p, max_queries, spans, parts, join, &u, first, end));
+    free(scratch);
+    return 1;
+}
+
+/* Cuts T rows into groups of neighbours of one sequence, at most `most` in each: starts[0..groups].  Returns their
+ * number, and the longest list to *longest; -1 where a list points outside of the table or of the cache. */
+M27_EXPORT int64_t m27_attention_plan(const int32_t *table, const int32_t *sequence, const int32_t *context,
+                                      const int64_t *tail, int64_t T, int64_t S, int64_t B, int64_t X,
+                                      int64_t block_size, int64_t num_blocks, int64_t most, int64_t *starts,
+                                      int64_t *longest) {
+    int64_t groups = 0, checked = 0;
+    *longest = 0;
+    starts[0] = 0;
+    if (most > MAX_ROWS) most = MAX_ROWS;
+    for (int64_t t = 0; t < T; t++) {
+        int64_t s = sequence[t], n = context[t], tails = 0;
+        if (s < 0 || s >= S || n < 0 || n > B * block_size) return -1;
+        int same = t && sequence[t - 1] == s;
+        if (!same) checked = 0;
+        for (int64_t blocks = (n + block_size - 1) / block_size; checked < blocks; checked++)
+            if (table[s * B + checked] < 0 || table[s * B + checked] >= num_blocks) return -1;
+        for (int64_t x = 0; x < X; x++) {
+            int64_t slot = tail[t * X + x];
+            if (slot < -1 || slot >= num_blocks * block_size) return -1;
+        }
+        while (tails < X && tail[t * X + tails] >= 0) tails++;
+        if (n + tails > *longest) *longest = n + tails;
+        if (!same || t - starts[groups ? groups - 1 : 0] >= most) starts[groups++] = t;
+    }
+    starts[groups] = T;
+    return groups;
+}
