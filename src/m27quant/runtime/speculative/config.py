@@ -109,9 +109,12 @@ def read_sizes(c: DrafterConfig, rope_theta: float | None) -> Sizes:
 def read_dflash(c: DrafterConfig, vocab_size: int, rope_theta: float | None = None) -> DFlashSettings:
     """Settings of a DFlash drafter for a target of `vocab_size` tokens; raises `CheckpointError`."""
     section = c.section()
-    for key in ("attention_sink_bias", "attention_value_scale"):
-        if section.get(key) not in (None, False, 1.0):
-            _refuse(f"dflash_config.{key}", section[key], "absent")
+    for key, neutral in (("attention_sink_bias", False), ("attention_value_scale", 1.0)):
+        value = section.get(key)
+        if value is not None and (
+            value != neutral or isinstance(value, bool) is not isinstance(neutral, bool)
+        ):
+            _refuse(f"dflash_config.{key}", value, neutral)
     block, mask = (section.get(key, c.raw.get(key)) for key in ("block_size", "mask_token_id"))
     block = _integer("block_size", block, 2, MAX_BLOCK)
     mask = _integer("mask_token_id", mask, 0, vocab_size - 1)

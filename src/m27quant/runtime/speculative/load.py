@@ -5,6 +5,7 @@ DFlash comes in the layouts of z-lab, SpecForge, modelopt and speculators, EAGLE
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -128,13 +129,10 @@ def load_drafter(
         raise CheckpointError(faults.notes.get("M27-R016", unclear), hint=HINT)
     offset = None if options.tap_offset == "auto" else options.tap_offset
     choice = choose_taps(taps, target.num_hidden_layers, offset)
+    is_dflash = config.kind == "dflash"
+    make = _dflash(config, target, options) if is_dflash else _eagle3(config, tensors, options)
     weights = DrafterTensors(config, tensors, len(choice.hidden_states), dtype, torch.device(device))
-    shared = shared_weights(config, weights, target, embed_VD, head_VD)
-    drafter: DFlashDrafter | Eagle3Drafter
-    if config.kind == "dflash":
-        drafter = _dflash(config, target, weights, shared, choice, options)
-    else:
-        drafter = _eagle3(config, weights, shared, choice, options)
+    drafter = make(weights, shared_weights(config, weights, target, embed_VD, head_VD), choice.hidden_states)
     notes = [choice.statement, *_notes(config, target, drafter, faults)]
     return LoadedDrafter(config.kind, drafter, taps, choice, tuple(notes))
 
@@ -175,58 +173,58 @@ def _differ(key: str, value: object, target_key: str, expected: object) -> None:
 
 # -- the two kinds ---------------------------------------------------------------------------------
 
+Make = Callable[[DrafterTensors, Shared, tuple[int, ...]], DFlashDrafter | Eagle3Drafter]
+"""(tensors, what is shared, hidden states to tap) -> the drafter; its settings have been checked."""
 
-def _dflash(
-    c: DrafterConfig,
-    target: M2Config,
-    w: DrafterTensors,
-    shared: Shared,
-    choice: TapChoice,
-    options: DrafterOptions,
-) -> DFlashDrafter:
+
+def _dflash(c: DrafterConfig, target: M2Config, options: DrafterOptions) -> Make:
     for name, value in (("num_steps", options.num_steps), ("eagle_topk", options.eagle_topk)):
         if value not in (None, 1):
             raise UsageError(
                 f"{name} is {value}; a DFlash drafter has one step and one branch", hint="leave it out"
             )
     settings = read_dflash(c, target.vocab_size, options.rope_theta)
-    weights = DFlashWeights(
-        fc=w["fc.weight"],
-        hidden_norm=w["hidden_norm.weight"],
-        norm=w["norm.weight"],
-        layers=tuple(w.layer(n, True) for n in range(c.num_hidden_layers)),
-        shared=shared,
-    )
-    return DFlashDrafter(
-        settings, weights, choice.hidden_states, num_draft_tokens=options.num_draft_tokens, nbytes=w.nbytes
-    )
+
+    def make(w: DrafterTensors, shared: Shared, taps: tuple[int, ...]) -> DFlashDrafter:
+        weights = DFlashWeights(
+            fc=w["fc.weight"],
+            hidden_norm=w["hidden_norm.weight"],
+            norm=w["norm.weight"],
+            layers=tuple(w.layer(n, True) for n in range(c.num_hidden_layers)),
+            shared=shared,
+        )
+        return DFlashDrafter(
+            settings, weights, taps, num_draft_tokens=options.num_draft_tokens, nbytes=w.nbytes
+        )
+
+    return make
 
 
-def _eagle3(
-    c: DrafterConfig, w: DrafterTensors, shared: Shared, choice: TapChoice, options: DrafterOptions
-) -> Eagle3Drafter:
-    renamed = any("midlayer." in info.name for info in w.infos.values())
-    settings = read_eagle3(c, set(w.infos), renamed, options.rope_theta)
-    weights = Eagle3Weights(
-        fc=w["fc.weight"],
-        hidden_norm=w["layers.0.hidden_norm.weight"],
-        norm=w["norm.weight"],
-        layer=w.layer(0, False),
-        shared=shared,
-        fc_norm=tuple(w[f"fc_norm.{k}.weight"] for k in range(len(choice.hidden_states)))
-        if settings.fc_norm
-        else (),
-        input_norm=w["input_norm.weight"] if settings.input_norm else None,
-    )
-    return Eagle3Drafter(
-        settings,
-        weights,
-        choice.hidden_states,
-        num_steps=DEFAULT_STEPS if options.num_steps is None else options.num_steps,
-        topk=1 if options.eagle_topk is None else options.eagle_topk,
-        num_draft_tokens=options.num_draft_tokens,
-        nbytes=w.nbytes,
-    )
+def _eagle3(c: DrafterConfig, tensors: dict[str, TensorInfo], options: DrafterOptions) -> Make:
+    renamed = any("midlayer." in info.name for info in tensors.values())
+    settings = read_eagle3(c, set(tensors), renamed, options.rope_theta)
+
+    def make(w: DrafterTensors, shared: Shared, taps: tuple[int, ...]) -> Eagle3Drafter:
+        weights = Eagle3Weights(
+            fc=w["fc.weight"],
+            hidden_norm=w["layers.0.hidden_norm.weight"],
+            norm=w["norm.weight"],
+            layer=w.layer(0, False),
+            shared=shared,
+            fc_norm=tuple(w[f"fc_norm.{k}.weight"] for k in range(len(taps))) if settings.fc_norm else (),
+            input_norm=w["input_norm.weight"] if settings.input_norm else None,
+        )
+        return Eagle3Drafter(
+            settings,
+            weights,
+            taps,
+            num_steps=DEFAULT_STEPS if options.num_steps is None else options.num_steps,
+            topk=1 if options.eagle_topk is None else options.eagle_topk,
+            num_draft_tokens=options.num_draft_tokens,
+            nbytes=w.nbytes,
+        )
+
+    return make
 
 
 def _notes(
