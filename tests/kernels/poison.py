@@ -29,5 +29,10 @@ def _filled(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialized tensors hold NaN while a test runs."""
+    poison(monkeypatch)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialized tensors hold NaN from now on."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _filled(getattr(owner, name)))

@@ -39,8 +39,8 @@ def twiddle(codes_NK2: Tensor, scale_NG: Tensor) -> tuple[Tensor, Tensor]:
 
     Of codes U8 [.., N, K/2], the even column in the low half, and block scales E4M3 [.., N, K/16].
     """
+    codes_NK2, scale_NG = codes_NK2.contiguous(), scale_NG.contiguous().view(torch.uint8)
     codes_NK = torch.stack((codes_NK2 & 15, codes_NK2 >> 4), -1).flatten(-2)
-    scale_NG = scale_NG.view(torch.uint8)
     if codes_NK.shape[-1] % CHUNK:  # half a chunk of zeros
         codes_NK, scale_NG = F.pad(codes_NK, (0, 16)), F.pad(scale_NG, (0, 1))
     codes_NG16 = _split(codes_NK, 16)

@@ -81,9 +81,7 @@ def nvfp4_moe_up_kernel(
         )  # fmt: skip
         gate_scale, up_scale = tl.load(scale_2 + e * 3), tl.load(scale_2 + e * 3 + 1)
         if W4A4:
-            input_scale = tl.load(input_scale_13 + e)
-            gate_scale *= input_scale
-            up_scale *= input_scale
+            b_acc *= tl.load(input_scale_13 + e)
         b_gate, b_up = tl.split(b_acc.reshape(BN // 16, 2, 8, BT).trans(0, 2, 3, 1))
         b_gate = b_gate.reshape(BH, BT) * gate_scale
         b_act = b_gate / (1.0 + tl.exp(-b_gate)) * (b_up.reshape(BH, BT) * up_scale)
@@ -131,11 +129,10 @@ def nvfp4_moe_down_kernel(
             act, act_scale, o_slot, m_t, w, w_scale, e, o_n, D, I, I2, IG, stride_w, stride_s, stride_se,
             FP4, BN, BT, BK, EVEN, INTERPRET,
         )  # fmt: skip
-        factor = tl.load(scale_2 + e * 3 + 2)
         if W4A4:
-            factor *= tl.load(input_scale_2 + e)
+            b_acc *= tl.load(input_scale_2 + e)
         p_out = out + o_slot[None, :] * D + o_n[:, None]
-        tl.store(p_out, b_acc * factor, mask=(o_n < D)[:, None] & m_t[None, :])
+        tl.store(p_out, b_acc * tl.load(scale_2 + e * 3 + 2), mask=(o_n < D)[:, None] & m_t[None, :])
 
 
 @triton.jit
