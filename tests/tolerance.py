@@ -25,6 +25,10 @@ and a product's last bit may depend on how many rows are multiplied at once."""
 SQNR_SAME_MATH_DB: Final = 50.0
 """Two BF16 implementations of one product, each accumulating in F32: rounding the result alone gives 55.6 dB."""
 
+SQNR_OTHER_ORDER_DB: Final = 20.0
+"""Logits of the fast mode, the same tokens cut into other pieces: BF16 sums in another order tip roundings of the cache
+and of NVFP4 activations, layer by layer; a wrong position or a forgotten key costs all signal."""
+
 SQNR_NVFP4_WEIGHT_DB: Final = 19.0
 """NVFP4 of a Gaussian matrix against the matrix itself: 20.4 dB were measured; a wrong scale or order costs more."""
 

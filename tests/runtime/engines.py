@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ import torch
 from m27quant.checkpoint.hub import Location
 from m27quant.checkpoint.quantized import open_checkpoint
 from m27quant.runtime.api import LLM
+from m27quant.runtime.batch import Part, build_rows
+from m27quant.runtime.generation import SamplingParams
 from m27quant.runtime.kv_cache import CacheShape, KvCache
 from m27quant.runtime.memory import MemoryPlan
 from m27quant.runtime.model import Model
 from m27quant.runtime.options import RunOptions
-from m27quant.runtime.speculative.proposal import ROOT, Drafter, DraftRequest, Proposal
+from m27quant.runtime.scheduler import Scheduled
+from m27quant.runtime.sequence import Sequence as Running
+from m27quant.runtime.sequence import Timing
+from m27quant.runtime.speculative.proposal import NOTHING, ROOT, Drafter, DraftRequest, Proposal
 from m27quant.runtime.weights import Form, choose_form, load_model
 
 CPU = torch.device("cpu")
@@ -123,3 +129,54 @@ class GuessingDrafter:
             if parent == path[-1] and depth < len(truth) and token == truth[depth]:
                 path.append(len(tokens) - 1)
         return Proposal(tokens, parents)
+
+
+@dataclass(frozen=True)
+class States:
+    """Everything that a forward pass of one sequence leaves behind."""
+
+    logits: torch.Tensor
+    """[T, V]."""
+    hidden: torch.Tensor
+    """[L + 1, T, D]: embeddings, then behind every layer."""
+    keys: list[torch.Tensor]
+    """[T, J, C] of each layer, as the cache has them."""
+    values: list[torch.Tensor]
+
+
+def logits_in_pieces(loaded: Loaded, ids: torch.Tensor, pieces: Sequence[int]) -> torch.Tensor:
+    """Logits [T, V] of every position of one sequence, computed in pieces of these lengths."""
+    return states_of(loaded, ids, pieces).logits
+
+
+@torch.inference_mode()
+def states_of(loaded: Loaded, ids: torch.Tensor, pieces: Sequence[int] = ()) -> States:
+    """Run one sequence through the engine's model, in pieces of these lengths or at once."""
+    taps = tuple(range(loaded.model.config.num_hidden_layers + 1))
+    drafter = GuessingDrafter(1, taps=taps)
+    cache = loaded.engine(num_blocks=-(-len(ids) // 16) + 1, drafter=drafter).engine.cache
+    sequence = running(ids.tolist())
+    sequence.blocks = list(range(cache.num_blocks))[::-1]  # not in order
+    found = []
+    begin = 0
+    for length in pieces or [len(ids)]:
+        part = Part(Scheduled(sequence, begin, begin + length, 0, False, False), NOTHING)
+        rows = build_rows([part], cache, CPU)
+        found.append(loaded.model.logits(loaded.model.forward(rows, cache, taps)))
+        begin += length
+    assert begin == len(ids)
+    slots = torch.tensor(cache.slots(sequence.blocks, 0, len(ids)))
+    assert cache.taps is not None
+
+    def taken(caches: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [c.flatten(0, 1).view(torch.uint8)[slots].view(c.dtype) for c in caches]
+
+    return States(torch.cat(found), cache.taps[slots].transpose(0, 1), taken(cache.keys), taken(cache.values))
+
+
+def running(tokens: list[int]) -> Running:
+    """A sequence that no scheduler knows."""
+    return Running(
+        number=0, tokens=tokens, num_prompt=len(tokens), params=SamplingParams(), seed=0, stop_ids=frozenset(),
+        max_length=len(tokens) + 1, text=None, timing=Timing(arrived=0.0),
+    )  # fmt: skip

@@ -20,6 +20,7 @@ from m27quant.checkpoint.source import Source
 from m27quant.runtime.streamed import logits
 from tests.checkpoints import Shape, random_tensors, read_tensors, stored, write_checkpoint
 from tests.oracles import modelopt_model as oracle
+from tests.runtime.engines import Loaded, logits_in_pieces
 from tests.tolerance import LOGIT_ATOL
 
 SHAPES = {
@@ -116,6 +117,12 @@ def test_logits_are_those_of_transformers(
     record_property("largest_logit_difference", found)
     assert found <= LOGIT_ATOL
     assert float(mine.std()) > 0.5, "logits are not all alike"
+
+    for invariant in (True, False):
+        loaded = Loaded(checkpoint, dtype=torch.float32, invariant=invariant)
+        engines = logits_in_pieces(loaded, ids, [100, 1, 1, len(ids) - 102])
+        record_property(f"engine_{invariant=}", distance(engines, theirs(model, ids)))
+        assert distance(engines, theirs(model, ids)) <= LOGIT_ATOL
 
     for layer in model.model.layers:  # what loading in BF16 does
         bias = layer.mlp.e_score_correction_bias
