@@ -14,8 +14,8 @@ Values: an FP8 cache is multiplied in F16, which holds every E4M3 number; querie
 two of their row, probabilities are rounded to F16.  A BF16 cache is multiplied in BF16, with probabilities in BF16.
 Anything in F32 is computed in true F32.  Sums, scores and softmax are F32 in any case.
 
-In the kernels: b_ a tile, o_ offsets, m_ a mask; BM rows times heads, GP heads of a group, BK keys, CP head_dim, XP tail
-(powers of two).
+In the kernels: b_ a tile, o_ offsets, m_ a mask; BM rows times heads, GP heads of a group, BK keys, CP head_dim, XP
+tail (powers of two).
 """
 
 from __future__ import annotations
@@ -88,10 +88,8 @@ def merged(b_m, b_l, b_acc, b_m2, b_l2, b_acc2):
 
 
 @triton.jit
-def _factor(b, F16: tl.constexpr):
-    """Cache entries as a factor of a product: F32, BF16 as it is, or F16 from E4M3."""
-    if not F16:
-        return b
+def _e4m3_to_f16(b):
+    """E4M3, or its bits on chips without it, as F16; exact."""
     if b.dtype == tl.uint8:
         b_h = b.to(tl.int16)
         b_v = (((b_h & 0x80) << 8) | ((b_h & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
@@ -108,11 +106,12 @@ def _attend(
     o_c = tl.arange(0, CP)
     o_cache = o_slot[:, None] * STRIDE + o_c[None, :]
     m_cache = m_key[:, None] & (o_c < C)[None, :]
-    b_k = tl.load(k_cache + o_cache, mask=m_cache, other=0)
-    b_v = tl.load(v_cache + o_cache, mask=m_cache, other=0)
+    b_k = tl.load(k_cache + o_cache, mask=m_cache, other=0.0)
+    b_v = tl.load(v_cache + o_cache, mask=m_cache, other=0.0)
     if F32:
         b_k, b_v = to_f32(b_k), to_f32(b_v)
-    b_k, b_v = _factor(b_k, F16), _factor(b_v, F16)
+    if F16:
+        b_k, b_v = _e4m3_to_f16(b_k), _e4m3_to_f16(b_v)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * b_scale[:, None]
     b_s = tl.where(o_key[None, :] < b_end[:, None], b_s, float("-inf"))
     b_top = tl.maximum(b_m, tl.max(b_s, axis=1))
@@ -125,15 +124,64 @@ def _attend(
 
 
 @triton.jit
+def _chunk(
+    b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, chunk, k_cache, v_cache, table, sequence, context, tail,
+    t_first, T, B, X, C: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, BASE: tl.constexpr, TAIL: tl.constexpr,
+    F16: tl.constexpr, F32: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, CP: tl.constexpr,
+):  # fmt: skip
+    """The softmax sums of one chunk: maxima (base 2), sums and weighted values."""
+    start, stop = chunk_start(chunk, BASE), chunk_start(chunk + 1, BASE)
+    b_m = tl.full((BM,), float("-inf"), tl.float32)
+    b_l = tl.zeros((BM,), tl.float32)
+    b_acc = tl.zeros((BM, CP), tl.float32)
+    for r in range(ROWS):
+        s = tl.load(sequence + tl.minimum(t_first + r, T - 1)).to(tl.int32)
+        b_same = m_m & (b_sequence == s)
+        b_end = tl.where(b_same, tl.minimum(b_shared, stop), 0)
+        # a sequence is walked once, for the first of its rows
+        mine = (t_first + r < T) & (tl.min(tl.where(b_same, o_r, BM), axis=0) == r)
+        hi = tl.where(mine, tl.max(b_end, axis=0), 0)
+        for k0 in range(start, hi, BK):
+            o_key = k0 + tl.arange(0, BK)
+            m_key = o_key < hi
+            o_slot = table_slots(table, s, B, o_key, m_key, PAGE)
+            b_m, b_l, b_acc = _attend(
+                b_q, b_scale, b_m, b_l, b_acc, k_cache, v_cache, o_slot, m_key, o_key, b_end, C, STRIDE, F16, F32, CP
+            )  # fmt: skip
+    if TAIL:
+        for r in range(ROWS):
+            t = tl.minimum(t_first + r, T - 1)
+            s = tl.load(sequence + t).to(tl.int32)
+            n = tl.load(context + t).to(tl.int32)
+            keys = tl.max(tl.where(o_r == r, b_len, 0), axis=0)
+            hi = tl.where(keys > n, tl.minimum(keys, stop), 0)
+            b_end = tl.where(o_r == r, hi, 0)
+            for k0 in range(tl.maximum(start, n // BK * BK), hi, BK):
+                o_key = k0 + tl.arange(0, BK)
+                m_key = o_key < hi
+                o_slot = table_slots(table, s, B, o_key, m_key & (o_key < n), PAGE)
+                o_tail = t.to(tl.int64) * X + o_key - n
+                b_own = tl.load(tail + o_tail, mask=m_key & (o_key >= n), other=0).to(tl.int64)
+                o_slot = tl.where(o_key < n, o_slot, b_own)
+                b_m, b_l, b_acc = _attend(
+                    b_q, b_scale, b_m, b_l, b_acc, k_cache, v_cache, o_slot, m_key, o_key, b_end, C, STRIDE, F16, F32, CP
+                )  # fmt: skip
+    return b_m, b_l, b_acc
+
+
+@triton.jit
 def attention_kernel(
     q, k_cache, v_cache, table, sequence, context, tail, k_scale, v_scale, y, part_ml, part_acc,
     T, B, X, chunks, stride_t, stride_h, softmax_scale,
     J: tl.constexpr, G: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, BASE: tl.constexpr,
-    SPLIT: tl.constexpr, TAIL: tl.constexpr, FP8: tl.constexpr, F16: tl.constexpr, F32: tl.constexpr,
-    BF16_OUT: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, GP: tl.constexpr, BK: tl.constexpr,
-    CP: tl.constexpr, XP: tl.constexpr,
+    SPLIT: tl.constexpr, ONE: tl.constexpr, TAIL: tl.constexpr, FP8: tl.constexpr, F16: tl.constexpr,
+    F32: tl.constexpr, BF16_OUT: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, GP: tl.constexpr,
+    BK: tl.constexpr, CP: tl.constexpr, XP: tl.constexpr,
 ):  # fmt: skip
-    """`y` [T, H, C]; with SPLIT chunk program_id(2): `part_ml` F32 [T, H, chunks, 2], `part_acc` [T, H, chunks, C]."""
+    """`y` [T, H, C]; with SPLIT chunk program_id(2): `part_ml` F32 [T, H, chunks, 2], `part_acc` [T, H, chunks, C].
+
+    ONE: there is one chunk to do, nothing to merge.
+    """
     H: tl.constexpr = J * G
     STRIDE: tl.constexpr = J * C
     # the rows with most keys come last in a prefill: start with them
@@ -155,12 +203,11 @@ def attention_kernel(
         first = tl.program_id(2)
         if first >= end:
             return
-        end = first + 1
 
     o_c = tl.arange(0, CP)
     h = j * G + o_m % GP
     o_q = o_t.to(tl.int64)[:, None] * stride_t + h[:, None] * stride_h + o_c[None, :]
-    b_q = tl.load(q + o_q, mask=m_m[:, None] & (o_c < C)[None, :], other=0)
+    b_q = tl.load(q + o_q, mask=m_m[:, None] & (o_c < C)[None, :], other=0.0)
     b_scale = tl.zeros((BM,), tl.float32) + softmax_scale
     if FP8:
         b_scale *= tl.load(k_scale)
@@ -172,49 +219,17 @@ def attention_kernel(
     k_cache += j * C
     v_cache += j * C
 
-    b_m = tl.full((BM,), float("-inf"), tl.float32)
-    b_l = tl.zeros((BM,), tl.float32)
-    b_acc = tl.zeros((BM, CP), tl.float32)
-    for chunk in range(first, end):
-        start, stop = chunk_start(chunk, BASE), chunk_start(chunk + 1, BASE)
-        c_m = tl.full((BM,), float("-inf"), tl.float32)
-        c_l = tl.zeros((BM,), tl.float32)
-        c_acc = tl.zeros((BM, CP), tl.float32)
-        for r in range(ROWS):
-            s = tl.load(sequence + tl.minimum(t_first + r, T - 1)).to(tl.int32)
-            b_same = m_m & (b_sequence == s)
-            b_end = tl.where(b_same, tl.minimum(b_shared, stop), 0)
-            # a sequence is walked once, for the first of its rows
-            mine = (t_first + r < T) & (tl.min(tl.where(b_same, o_r, BM), axis=0) == r)
-            hi = tl.where(mine, tl.max(b_end, axis=0), 0)
-            for k0 in range(start, hi, BK):
-                o_key = k0 + tl.arange(0, BK)
-                m_key = o_key < hi
-                o_slot = table_slots(table, s, B, o_key, m_key, PAGE)
-                c_m, c_l, c_acc = _attend(
-                    b_q, b_scale, c_m, c_l, c_acc, k_cache, v_cache, o_slot, m_key, o_key, b_end,
-                    C, STRIDE, F16, F32, CP,
-                )  # fmt: skip
-        if TAIL:
-            for r in range(ROWS):
-                t = tl.minimum(t_first + r, T - 1)
-                s = tl.load(sequence + t).to(tl.int32)
-                n = tl.load(context + t).to(tl.int32)
-                keys = tl.max(tl.where(o_r == r, b_len, 0), axis=0)
-                hi = tl.where(keys > n, tl.minimum(keys, stop), 0)
-                b_end = tl.where(o_r == r, hi, 0)
-                for k0 in range(tl.maximum(start, n // BK * BK), hi, BK):
-                    o_key = k0 + tl.arange(0, BK)
-                    m_key = o_key < hi
-                    o_slot = table_slots(table, s, B, o_key, m_key & (o_key < n), PAGE)
-                    o_tail = t.to(tl.int64) * X + o_key - n
-                    b_own = tl.load(tail + o_tail, mask=m_key & (o_key >= n), other=0).to(tl.int64)
-                    o_slot = tl.where(o_key < n, o_slot, b_own)
-                    c_m, c_l, c_acc = _attend(
-                        b_q, b_scale, c_m, c_l, c_acc, k_cache, v_cache, o_slot, m_key, o_key, b_end,
-                        C, STRIDE, F16, F32, CP,
-                    )  # fmt: skip
-        b_m, b_l, b_acc = merged(b_m, b_l, b_acc, c_m, c_l, c_acc)
+    b_m, b_l, b_acc = _chunk(
+        b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, first, k_cache, v_cache, table, sequence, context, tail,
+        t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
+    )  # fmt: skip
+    if not ONE:
+        for chunk in range(1, end):
+            c_m, c_l, c_acc = _chunk(
+                b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, chunk, k_cache, v_cache, table, sequence, context,
+                tail, t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
+            )  # fmt: skip
+            b_m, b_l, b_acc = merged(b_m, b_l, b_acc, c_m, c_l, c_acc)
 
     o_y = o_t.to(tl.int64) * H + h
     if SPLIT:
@@ -318,7 +333,7 @@ def write_kv(
 
 
 class Plan(NamedTuple):
-    """How a launch is cut; the invariant one depends on shapes of the model and dtypes alone, but for ROWS and split."""
+    """How a launch is cut; with `invariant` all but ROWS and split depends on the model and the dtypes alone."""
 
     BM: int
     BK: int
@@ -330,18 +345,25 @@ class Plan(NamedTuple):
     num_stages: int
 
 
-def plan(T: int, S: int, J: int, G: int, C: int, keys: int, *, f32: bool, invariant: bool) -> Plan:
-    """Tiles for T rows of S sequences, of which none has more than `keys` keys."""
+def plan(
+    T: int, S: int, J: int, G: int, C: int, keys: int, *, f32: bool, wide: bool, invariant: bool
+) -> Plan:
+    """Tiles for T rows of S sequences, of which none has more than `keys` keys.
+
+    wide: the chip multiplies from shared memory (wgmma, tcgen05); others keep both factors in registers.
+    """
     GP = triton.next_power_of_2(G)
     rows = triton.next_power_of_2(-(-T // max(S, 1)))
-    if f32:  # 32 rows: with 64 Triton 3.6 takes the tensor cores of sm_100, and TF32 with them, whatever it is told
-        BM, BK, warps, stages = 32, 32, 4, 1
+    if f32:  # 16 rows: with 64 Triton 3.6 takes the tensor cores of sm_100, and TF32 with them, whatever it is told
+        BM, BK, warps, stages = 16, 16, 4, 1
     elif invariant or 16 < rows * GP <= 64:
         BM, BK, warps, stages = 64, 64, 4, 2
     elif rows * GP <= 16:
         BM, BK, warps, stages = 16, 64, 4, 3
     else:
         BM, BK, warps, stages = 128, 64, 8, 2
+    if not wide:
+        BK = min(BK, 32)
     BM = max(BM, GP)
     ROWS = min(BM // GP, rows)
     BASE = 256
@@ -388,8 +410,9 @@ def attention(
     fp8 = k_cache.dtype == torch.float8_e4m3fn
     f16 = fp8 and q.dtype == torch.bfloat16
     f32 = not f16 and (interpreted or not q.dtype == k_cache.dtype == torch.bfloat16)
-    native_fp8 = f16 and not interpreted and chip.of(q.device).arch >= 89
-    p = plan(T, S, J, H // J, C, B * page + X, f32=f32, invariant=invariant)
+    arch = 90 if interpreted else chip.of(q.device).arch
+    native_fp8 = f16 and not interpreted and arch >= 89
+    p = plan(T, S, J, H // J, C, B * page + X, f32=f32, wide=90 <= arch < 120, invariant=invariant)
     chunks = p.chunks if p.split else 0
     part_ml = torch.empty((T, H, chunks, 2), dtype=torch.float32, device=q.device)
     part_acc = torch.empty((T, H, chunks, C), dtype=torch.float32, device=q.device)
@@ -406,7 +429,7 @@ def attention(
     attention_kernel[(triton.cdiv(T, p.ROWS), J, max(chunks, 1))](
         q if not (f32 or f16) else as_bits(q), *caches, block_table_SB.contiguous(), *rows, k_scale, v_scale,
         as_bits(y), part_ml, part_acc, T, B, X, chunks, q.stride(0), q.stride(1), softmax_scale * LOG2_E,
-        J=J, G=H // J, PAGE=page, SPLIT=p.split, F16=f16, F32=f32, ROWS=p.ROWS, BM=p.BM,
+        J=J, G=H // J, PAGE=page, SPLIT=p.split, ONE=p.split or p.BASE > 256, F16=f16, F32=f32, ROWS=p.ROWS, BM=p.BM,
         GP=triton.next_power_of_2(H // J), BK=p.BK, num_warps=p.num_warps, num_stages=p.num_stages, **both, **OPTIONS,
     )  # fmt: skip
     if p.split:
