@@ -13,6 +13,7 @@ SOURCES = (
     "fp8_dequant",
     "kv_write",
     "linear",
+    "norm",
     "nvfp4_dot_avx2",
     "nvfp4_dot_avx512",
     "nvfp4_dot_portable",
@@ -22,6 +23,7 @@ SOURCES = (
     "nvfp4_pack",
     "nvfp4_rows",
     "nvfp4_stats",
+    "router",
 )
 
 setup(
@@ -29,7 +31,7 @@ setup(
         Extension(
             "m27quant.kernels._native.core",
             sources=[f"{NATIVE}/{name}.c" for name in SOURCES],
-            depends=[f"{NATIVE}/{name}.h" for name in ("core", "kv_cache", "nvfp4", "nvfp4_fp8")],
+            depends=[f"{NATIVE}/{name}.h" for name in ("core", "kv_cache", "nvfp4", "nvfp4_fp8", "vector")],
             # No -ffast-math and no contraction to FMA: every operation is rounded once, as in the reference.
             extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
             libraries=["m"],

@@ -18,7 +18,12 @@ Backend = Literal["reference", "cpu-native", "triton"]
 
 ENVIRONMENT_VARIABLE = "M27QUANT_KERNELS"
 
-_COMPILED = frozenset({"nvfp4_pack", "nvfp4_stats", "fp8_dequant", "nvfp4_quantize", "fp8_kv_attention"})
+_COMPILED = frozenset(
+    {
+        *("nvfp4_pack", "nvfp4_stats", "fp8_dequant", "nvfp4_quantize"),
+        *("fp8_kv_attention", "rms_norm", "rotary", "router"),
+    }
+)
 """Operations with a compiled CPU implementation."""
 
 _COMPILED_BY_LEVEL = frozenset({"nvfp4_gemm", "nvfp4_moe", "linear"})

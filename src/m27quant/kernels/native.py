@@ -48,6 +48,14 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
         None,
         [c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, *[c_int64] * 3, *_ROWS],
     ),
+    "m27_norm_rope": (
+        None,
+        [
+            *(c_void_p, c_int, c_int64, c_int64, c_void_p, c_int, c_float),
+            *(c_void_p, c_void_p, *[c_int64] * 3, c_void_p, *_ROWS),
+        ],
+    ),
+    "m27_router_select": (None, [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 3, *_ROWS]),
     "m27_write_kv": (
         None,
         [c_void_p, c_int, c_int64, c_int64, c_void_p, c_int, c_float, c_void_p, *_ROWS],
@@ -63,6 +71,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "m27_nvfp4_level": (c_int, []),
     "m27_nvfp4_level_name": (c_char_p, [c_int]),
     "m27_nvfp4_quantize": (None, [c_void_p, c_int, c_int64, c_float, c_int, c_void_p, c_void_p, *_ROWS]),
+    "m27_advise_large_pages": (None, [c_void_p, c_int64]),
     "m27_nvfp4_prepare": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, *_ROWS]),
     "m27_nvfp4_unpack": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p, *_ROWS]),
     "m27_nvfp4_panel_bytes": (c_int64, [c_int, c_int, c_int, c_int64]),

@@ -7,7 +7,7 @@
  * pairs (AVX512_BF16): another rounding, the same for all rows.  Sums wait in memory while a tile's stretch of K is
  * done, so tiles may be cut anywhere.
  */
-#include "core.h"
+#include "vector.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #include <immintrin.h>
@@ -15,13 +15,6 @@
 #else
 #define HAS_DPBF16 0
 #endif
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions alone */
-#endif
-
-typedef float v16 __attribute__((vector_size(64)));
-typedef uint32_t v16u __attribute__((vector_size(64)));
 
 typedef struct {
     const void *x, *w;
@@ -38,26 +31,12 @@ typedef struct {
     _Alignas(64) float lanes[ROWS][STRIP_T][16];
 } Sums;
 
-M27_INLINE v16 load_f32(const float *p) {
-    v16 v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
 /* 32 BF16 elements: the even ones and the odd ones, as F32. */
 M27_INLINE void load_bf16(const uint16_t *p, v16 *even, v16 *odd) {
     v16u u;
     memcpy(&u, p, sizeof u);
     *even = (v16)(u << 16);
     *odd = (v16)(u & 0xFFFF0000u);
-}
-
-M27_INLINE float sum_lanes(float *v) {
-    float lane[16];
-    memcpy(lane, v, sizeof lane);
-    for (int half = 8; half; half /= 2)
-        for (int j = 0; j < half; j++) lane[j] += lane[j + half];
-    return lane[0];
 }
 
 M27_INLINE void store(const Product *p, int64_t t, int64_t n, float value) {
@@ -93,12 +72,12 @@ M27_INLINE void tile_f32(const Product *p, Sums *sums, int64_t t0, int64_t n0, i
                     memcpy(end, w, (size_t)rest * sizeof *w);
                     w = end;
                 }
-                first = load_f32(w);
-                second = load_f32(w + 16);
+                first = load16(w);
+                second = load16(w + 16);
             }
             for (int t = 0; t < TT; t++) {
-                sum[n][t] += first * load_f32(x + t * p->x_stride + k);
-                sum[n][t] += second * load_f32(x + t * p->x_stride + k + 16);
+                sum[n][t] += first * load16(x + t * p->x_stride + k);
+                sum[n][t] += second * load16(x + t * p->x_stride + k + 16);
             }
         }
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from m27quant.kernels.dispatch import choose
 from m27quant.kernels.rms_norm import reference
 
 __all__ = ["check", "rms_norm"]
@@ -25,7 +28,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         ValueError: dtypes, shapes or devices that do not fit.
     """
     check(x, weight_D)
-    return reference.rms_norm(x, weight_D, eps)
+    result: Tensor = _backend(x).rms_norm(x, weight_D, eps)
+    return result
 
 
 def check(x: Tensor, weight_D: Tensor) -> None:
@@ -43,3 +47,16 @@ def check(x: Tensor, weight_D: Tensor) -> None:
         )
     if x.device != weight_D.device:
         raise ValueError(f"x is on {x.device}, the norm's weight on {weight_D.device}: move one of them")
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    backend = choose("rms_norm", tensor.device).backend
+    if backend == "cpu-native":
+        from m27quant.kernels.rms_norm import cpu
+
+        return cpu
+    if backend == "triton":
+        from m27quant.kernels.rms_norm import gpu
+
+        return gpu
+    return reference

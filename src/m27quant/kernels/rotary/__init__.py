@@ -5,9 +5,12 @@ Shapes: T tokens, H query heads, J key/value heads, C head_dim, R rotary_dim (ev
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from m27quant.kernels.dispatch import choose
 from m27quant.kernels.rms_norm import check as check_norm
 from m27quant.kernels.rotary import reference
 
@@ -28,7 +31,8 @@ def rotate(x_THC: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
         ValueError: dtypes, shapes or devices that do not fit.
     """
     _check(x_THC, cos_T1R, sin_T1R)
-    return reference.rotate(x_THC, cos_T1R, sin_T1R)
+    result: Tensor = _backend(x_THC).rotate(x_THC, cos_T1R, sin_T1R)
+    return result
 
 
 def qk_norm_rope(
@@ -52,8 +56,11 @@ def qk_norm_rope(
         check_norm(x, norm)
         if x.dim() != 2 or head_dim < 1 or x.shape[1] % head_dim:
             raise ValueError(f"projection {list(x.shape)} does not consist of heads of {head_dim}")
-        _check(x.view(len(x), -1, head_dim), cos_T1R, sin_T1R)
-    return reference.qk_norm_rope(q_TQ, k_TX, q_norm_Q, k_norm_X, cos_T1R, sin_T1R, head_dim, eps)
+        _check(x.view(len(x), x.shape[1] // head_dim, head_dim), cos_T1R, sin_T1R)
+    q_THC, k_TJC = _backend(q_TQ).qk_norm_rope(
+        q_TQ, k_TX, q_norm_Q, k_norm_X, cos_T1R, sin_T1R, head_dim, eps
+    )
+    return q_THC, k_TJC
 
 
 def _check(x_THC: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> None:
@@ -69,3 +76,16 @@ def _check(x_THC: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> None:
             )
     if cos_T1R.shape != sin_T1R.shape:
         raise ValueError(f"cos {list(cos_T1R.shape)} and sin {list(sin_T1R.shape)} differ")
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    backend = choose("rotary", tensor.device).backend
+    if backend == "cpu-native":
+        from m27quant.kernels.rotary import cpu
+
+        return cpu
+    if backend == "triton":
+        from m27quant.kernels.rotary import gpu
+
+        return gpu
+    return reference

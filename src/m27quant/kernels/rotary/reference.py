@@ -27,7 +27,8 @@ def qk_norm_rope(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See the package."""
-    T = len(q_TQ)
-    q_THC = rms_norm(q_TQ, q_norm_Q, eps).view(T, -1, head_dim)
-    k_TJC = rms_norm(k_TX, k_norm_X, eps).view(T, -1, head_dim)
+    q_THC, k_TJC = (
+        rms_norm(x, weight, eps).view(len(x), x.shape[1] // head_dim, head_dim)
+        for x, weight in ((q_TQ, q_norm_Q), (k_TX, k_norm_X))
+    )
     return rotate(q_THC, cos_T1R, sin_T1R), rotate(k_TJC, cos_T1R, sin_T1R)

@@ -5,9 +5,12 @@ Shapes: T tokens, D hidden, E experts, K experts per token.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from m27quant.kernels.dispatch import choose
 from m27quant.kernels.linear import linear
 from m27quant.kernels.router import reference
 
@@ -56,4 +59,18 @@ def select(logits_TE: Tensor, bias_E: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"router logits and bias must be float32, are {logits_TE.dtype} and {bias_E.dtype}")
     if not 1 <= k <= logits_TE.shape[1]:
         raise ValueError(f"cannot choose {k} of {logits_TE.shape[1]} experts")
-    return reference.select(logits_TE, bias_E, k)
+    experts_TK, weights_TK = _backend(logits_TE).select(logits_TE, bias_E, k)
+    return experts_TK, weights_TK
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    backend = choose("router", tensor.device).backend
+    if backend == "cpu-native":
+        from m27quant.kernels.router import cpu
+
+        return cpu
+    if backend == "triton":
+        from m27quant.kernels.router import gpu
+
+        return gpu
+    return reference
