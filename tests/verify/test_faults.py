@@ -9,6 +9,7 @@ import pytest
 from m27quant import verify_checkpoint
 from m27quant.verify.checks import CHECKS
 from m27quant.verify.findings import Finding, Severity, VerifyResult
+from tests.faults.order import ORDERS
 from tests.faults.outputs import FAULTS as PLAIN
 from tests.faults.outputs import Fault
 from tests.faults.subtle import SUBTLE
@@ -50,7 +51,8 @@ def test_every_check_is_made_to_find_something() -> None:
     good_ones = {"M27-S017", "M27-F027"}  # in test_good.py: a note on a recipe, and one on the official sizes
     on_request = {code for code in CHECKS if code.startswith(ON_REQUEST)}
     made = {f.code for f in FAULTS.values()} - on_request
-    assert made | good_ones | {OVERLAP, NO_END} == set(CHECKS) - on_request
+    of_order = {f.code for f in ORDERS.values()} - on_request  # test_order.py
+    assert made | good_ones | of_order | {OVERLAP, NO_END} == set(CHECKS) - on_request
 
 
 def test_no_fault_hides_another_of_the_same_name() -> None:

@@ -37,6 +37,12 @@ def pairs(fast_folder: Path, repository: Path) -> dict[str, tuple[Path, Path]]:
     return made
 
 
+SUSPICIONS = {"M27-S018", "M27-S020", "M27-W008"}
+"""What is suspect without a source, and proven with one under another code."""
+SMALL = {"M27-W005", "M27-W007"}
+"""Checks of the small tensors, which level default reads."""
+
+
 def full(folder: Path, source: Path | None = None) -> VerifyResult:
     return verify_checkpoint(folder, level="full", source=None if source is None else str(source))
 
@@ -75,11 +81,11 @@ def test_found_under_its_own_code(
         (folder / REPORT).unlink()
     fault.change(folder)
     result = full(folder, source if fault.source else None)
-    assert {f.check.code for f in result.findings} == {fault.code}
+    assert {f.check.code for f in result.findings} - SUSPICIONS == {fault.code} - SUSPICIONS
     assert any(fault.names in f.message for f in result.findings), [f.message for f in result.findings]
     assert not any(f.severity is Severity.ERROR for f in verify_checkpoint(folder).findings)
     if fault.source:
-        assert full(folder).findings == ()
+        assert {f.check.code for f in full(folder).findings} <= SUSPICIONS
 
 
 def test_another_recipe_is_a_note(pairs: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
@@ -181,7 +187,7 @@ def test_swizzling_is_undone() -> None:
 
 def test_checks_of_the_source_are_named_only_with_one(pairs: dict[str, tuple[Path, Path]]) -> None:
     source, out = pairs["fp8"]
-    of_weights = {code for code in CHECKS if code.startswith("M27-W")}
+    of_weights = {code for code in CHECKS if code.startswith("M27-W")} - SMALL
     default = set(verify_checkpoint(out).checks_run)
     assert not default & of_weights
     assert set(full(out).checks_run) - default == {code for code in of_weights if code < "M27-W010"}
@@ -189,7 +195,8 @@ def test_checks_of_the_source_are_named_only_with_one(pairs: dict[str, tuple[Pat
 
 
 def test_every_check_of_weights_is_made_to_find_something() -> None:
-    by_hand = {"M27-W017", "M27-W022", "M27-W023"}
+    # test_order.py, subtle.py, test_same_config.py
+    by_hand = {"M27-W008", "M27-W017", "M27-W022", "M27-W023", "M27-W024", *SMALL}
     assert {f.code for f in WEIGHTS.values()} | by_hand == {c for c in CHECKS if c.startswith("M27-W")}
 
 

@@ -48,6 +48,7 @@ def _engines(vllm: str = "", sglang: str = "", transformers: str = "") -> dict[s
     return {engine: what for engine, what in table.items() if what}
 
 
+_GARBAGE = _engines("garbage, silently", "garbage, silently", "garbage, silently")
 _AS_IS = _engines("used as it is", "used as it is", "used as it is")
 
 # -- container -------------------------------------------------------------------------------------
@@ -399,10 +400,17 @@ _check(
     "Calibrate the KV cache again.", _AS_IS,
 )  # fmt: skip
 
+_check(
+    "M27-S020", WARNING, "block scales look swizzled",
+    "Rows and columns of a trained matrix differ in size. Here the block scales, read in order, hide that, and read as "
+    "a kernel's 128x4 tiles they show it. Matrices without such rows and columns, or that fill no tiles, are not "
+    "judged; with --source, M27-W011 proves it.",
+    "Store block scales row by row; engines swizzle them on load.", _GARBAGE,
+)  # fmt: skip
+
 # -- weights: level full; from W010 on with a source -----------------------------------------------
 
 _FETCH = "Download the file again, or quantize again."
-_GARBAGE = _engines("garbage, silently", "garbage, silently", "garbage, silently")
 
 _check(
     "M27-W001", ERROR, "shard is not the file that was written",
@@ -436,6 +444,14 @@ _check(
 _check(
     "M27-W007", ERROR, "norm or router is all zero",
     "Nothing of the hidden state passes such a norm, and such a router knows no expert.", _AGAIN, _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W008", WARNING, "nibbles look swapped",
+    "Training leaves row j of w3 and column j of w2 both large or both small, and all w1 and w3 of a layer with the "
+    "same large columns. Here neighbouring columns are exchanged against that. It takes columns that differ in size: "
+    "a matrix without them is not judged, nor w1 and w3 that are all swapped, nor w2 after AWQ; with --source, "
+    "M27-W010 proves it.",
+    "Swap the nibbles of every byte, or quantize again.", _GARBAGE,
 )  # fmt: skip
 _check(
     "M27-W010", ERROR, "nibbles are swapped",
@@ -617,7 +633,7 @@ _check(
     _engines("spurious spaces, by version", "spurious spaces, by version", "wrong in early 5.x"),
 )  # fmt: skip
 _check(
-    "M27-F021", WARNING, "tokenizer is missing", "No tokenizer.json, or no tokenizer_config.json, in the folder.",
+    "M27-F021", WARNING, "tokenizer is missing", "No tokenizer.json in the folder.",
     "Copy it from the original.",
     _engines("needs --tokenizer", "needs --tokenizer-path", "cannot load a tokenizer"),
 )  # fmt: skip

@@ -69,6 +69,7 @@ def _stream(view: View, found: Findings, source: Source | None, progress: Progre
 
     actual = stream(view, visitor, hashed=set(hashes), progress=progress)
     compare_hashes(hashes, actual, found)
+    values.nibbles.report(found)
     facts: dict[str, Any] = {"weights": values.facts(), "hashed_shards": len(actual)}
     if comparison is not None:
         comparison.compare_late()

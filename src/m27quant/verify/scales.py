@@ -17,6 +17,7 @@ from m27quant.checkpoint.header import TensorInfo
 from m27quant.verify.collect import Findings
 from m27quant.verify.plausible import check_kv_outliers, check_reciprocals
 from m27quant.verify.reading import read_tensors
+from m27quant.verify.suspects import check_scale_order
 from m27quant.verify.view import View
 
 W1, W2, W3 = range(3)
@@ -171,6 +172,7 @@ def _check_block_scales(view: View, found: Findings) -> None:
         codes = np.frombuffer(data, np.uint8)
         if not codes.size:
             continue
+        check_scale_order(view, info, codes.reshape(info.shape), found)
         largest = codes.max()
         if largest > LARGEST:
             _report_bad_codes(info, codes, found)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m27quant.checkpoint.config import M2Config
 from m27quant.checkpoint.header import TensorInfo
 from m27quant.checkpoint.names import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(slots=True)
@@ -37,6 +41,9 @@ class View:
     """Expert tensors by ending (`.weight`, `.input_scale`) that are wrong as a whole: reported once, not each."""
     refused: set[str] = field(default_factory=set)
     """git-lfs pointers and links that leave the folder: reported, and not read."""
+
+    row_pairs: dict[str, npt.NDArray[np.float16]] = field(default_factory=dict)
+    """By expert (`model.layers.N.block_sparse_moe.experts.E`), from w3's block scales: see `order.row_pairs`."""
 
     @property
     def kv_declared(self) -> bool:

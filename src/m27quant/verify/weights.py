@@ -16,6 +16,7 @@ from m27quant.errors import CheckpointError, escape
 from m27quant.kernels.nvfp4_stats import CodeCounts, any_nonfinite, count_codes, zero_blocks
 from m27quant.verify.collect import Findings
 from m27quant.verify.reading import read_tensors
+from m27quant.verify.suspects import Nibbles
 from m27quant.verify.view import View
 
 REPORT = "quantization_report.json"
@@ -35,6 +36,7 @@ class Values:
         self.lock = threading.Lock()
         self.total = CodeCounts(0, 0, 0, 0)
         self.matrices = self.zero_matrices = 0
+        self.nibbles = Nibbles(view)
 
     def facts(self) -> dict[str, Any]:
         """Of all packed matrices together."""
@@ -80,7 +82,10 @@ class ValueVisitor:
         if offset == 0:
             self._counts, self._zeros, self._bad, self._first_bad = CodeCounts(0, 0, 0, 0), [], 0, None
         if info.dtype == "U8":
-            self._count(offset, np.frombuffer(data, np.uint8))
+            codes = np.frombuffer(data, np.uint8)
+            if offset == 0:
+                self._values.nibbles.add(info, codes)
+            self._count(offset, codes)
         else:
             self._search(info, offset, data)
         if offset + len(data) == info.nbytes:
