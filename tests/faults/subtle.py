@@ -98,7 +98,6 @@ CONFIGS = {
     "tokenizer of another class": Fault(
         json_field(TOKENIZER_CONFIG, "tokenizer_class", value="LlamaTokenizer"), "M27-F020", "LlamaTokenizer"
     ),
-    "tokenizer_config missing": Fault(c.remove(TOKENIZER_CONFIG), "M27-F021", TOKENIZER_CONFIG),
     "more experts a token than there are": Fault(
         config("num_experts_per_tok", value=5), "M27-F002", "num_experts_per_tok"
     ),

@@ -143,8 +143,8 @@ WEIGHTS = {
     "saturated codes": WeightFault(
         mapped(f"{W2}.weight", lambda d: d | 0x77), "M27-W004", f"{W2}.weight", source=False
     ),
-    "norm with NaN": WeightFault(
-        mapped(f"{LAYER}.input_layernorm.weight", not_a_number), "M27-W005", "input_layernorm", source=False
+    "embedding with NaN": WeightFault(
+        mapped("model.embed_tokens.weight", not_a_number), "M27-W005", "embed_tokens", source=False
     ),
     "shard not in the report": WeightFault(less_in_report, "M27-W006", "safetensors", source=False, report=True),
     "report without shards": WeightFault(c.put(REPORT, b"{}"), "M27-W006", REPORT, source=False, report=True),

@@ -303,8 +303,6 @@ def _check_tokenizer(files: _Files, view: View, found: Findings) -> None:
                 file=TOKENIZER, expected=f"ids below {rows}", found=max(ids.values()),
             )  # fmt: skip
     config = files.read(TOKENIZER_CONFIG) or {}
-    if not files.there(TOKENIZER_CONFIG):
-        found.add("M27-F021", f"{TOKENIZER_CONFIG} is missing", file=TOKENIZER_CONFIG)
     if (kind := config.get("tokenizer_class")) not in SAFE_TOKENIZER_CLASSES:
         found.add(
             "M27-F020", f"tokenizer_class is {escape(kind)}",
