@@ -164,7 +164,8 @@ def _chunk(
                 b_own = tl.load(tail + o_tail, mask=m_key & (o_key >= n), other=0).to(tl.int64)
                 o_slot = tl.where(o_key < n, o_slot, b_own)
                 b_m, b_l, b_acc = _attend(
-                    b_q, b_scale, b_m, b_l, b_acc, k_cache, v_cache, o_slot, m_key, o_key, b_end, C, STRIDE, F16, F32, CP
+                    b_q, b_scale, b_m, b_l, b_acc, k_cache, v_cache, o_slot, m_key, o_key, b_end, C, STRIDE, F16, F32,
+                    CP,
                 )  # fmt: skip
     return b_m, b_l, b_acc
 
@@ -219,12 +220,16 @@ def attention_kernel(
     k_cache += j * C
     v_cache += j * C
 
-    b_m, b_l, b_acc = _chunk(
-        b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, first, k_cache, v_cache, table, sequence, context, tail,
-        t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
-    )  # fmt: skip
-    if not ONE:
-        for chunk in range(1, end):
+    if ONE:
+        b_m, b_l, b_acc = _chunk(
+            b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, first, k_cache, v_cache, table, sequence, context, tail,
+            t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
+        )  # fmt: skip
+    else:
+        b_m = tl.full((BM,), float("-inf"), tl.float32)
+        b_l = tl.zeros((BM,), tl.float32)
+        b_acc = tl.zeros((BM, CP), tl.float32)
+        for chunk in range(0, end):
             c_m, c_l, c_acc = _chunk(
                 b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, chunk, k_cache, v_cache, table, sequence, context,
                 tail, t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
@@ -355,15 +360,15 @@ def plan(
     GP = triton.next_power_of_2(G)
     rows = triton.next_power_of_2(-(-T // max(S, 1)))
     if f32:  # 16 rows: with 64 Triton 3.6 takes the tensor cores of sm_100, and TF32 with them, whatever it is told
-        BM, BK, warps, stages = 16, 16, 4, 1
+        BM, BK, warps, stages = 16, 16, 8, 1
     elif invariant or 16 < rows * GP <= 64:
         BM, BK, warps, stages = 64, 64, 4, 2
     elif rows * GP <= 16:
         BM, BK, warps, stages = 16, 64, 4, 3
     else:
         BM, BK, warps, stages = 128, 64, 8, 2
-    if not wide:
-        BK = min(BK, 32)
+    if not wide and BM >= 64:
+        BM, BK, warps = (32, 32, 4) if invariant else (64, 32, 8)
     BM = max(BM, GP)
     ROWS = min(BM // GP, rows)
     BASE = 256
