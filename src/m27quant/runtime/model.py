@@ -21,6 +21,8 @@ from m27quant.runtime import layer as M
 from m27quant.runtime.experts import Experts
 from m27quant.runtime.kv_cache import KvCache
 
+Observe = Callable[[int, Tensor, M.Routing], None]
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
@@ -106,10 +108,13 @@ class Model:
             total += layer.experts.nbytes
         return total
 
-    def forward(self, rows: Rows, cache: KvCache, taps: Sequence[int] = ()) -> Tensor:
+    def forward(
+        self, rows: Rows, cache: KvCache, taps: Sequence[int] = (), observe: Observe | None = None
+    ) -> Tensor:
         """The residual stream [T, D] behind the last layer; the rows' keys and values are in the cache then.
 
-        `taps` are the hidden states (0: embeddings, j: behind layer j - 1) that go to the cache's taps.
+        `taps` are the hidden states (0: embeddings, j: behind layer j - 1) that go to the cache's taps.  `observe`
+        gets of each layer its index, what its experts see [T, D], and the routing.
         """
         cos, sin = (table[rows.positions_T] for table in self.rotary)
         x_TD = self.embedding[rows.ids_T]
@@ -119,6 +124,8 @@ class Model:
             x_TD = M.attention_block(x_TD, layer.attention, self.config, (cos, sin), attend, self.ops)
             h_TD = M.moe_input(x_TD, layer.router, self.config, self.ops)
             routing = M.route(h_TD, layer.router, self.config.num_experts_per_tok, invariant=self.invariant)
+            if observe is not None:
+                observe(index, h_TD, routing)
             x_TD = x_TD + self.ops.reduce(layer.experts(h_TD, routing, invariant=self.invariant))
             _tap(cache, taps, index + 1, rows, x_TD)
         return x_TD
