@@ -51,7 +51,7 @@ def build_result(
         calibration=_calibration(prepared, job),
         records=records,
         shards={
-            final: {"size": f["size"], "sha256": f["sha256"]}
+            final: {key: f[key] for key in ("size", "sha256", "xxh3_128") if key in f}
             for f, final in zip(written, finals, strict=True)
         },
         files=[*finals, *documents, REPORT, "README.md"],

@@ -13,6 +13,7 @@ import pytest
 
 from m27quant.checkpoint import durable
 from m27quant.checkpoint.durable import (
+    digests_of,
     durable_file,
     fault_point,
     move_durably,
@@ -127,6 +128,7 @@ def test_modes_follow_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
 
 def test_empty_files_and_sums(tmp_path: Path) -> None:
     write_durably(tmp_path / "x", b"")
+    assert digests_of(tmp_path / "x") == (sha256_of(tmp_path / "x"), "99aa06d3014798d86001c324468d497f")
     assert sha256_of(tmp_path / "x") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 

@@ -63,6 +63,22 @@ def test_ours_is_proven(pairs: dict[str, tuple[Path, Path]], kind: str) -> None:
     assert result.facts["hashed_shards"] == result.facts["num_shards"]
 
 
+@pytest.mark.parametrize("kept", ["sha256", "xxh3_128"])
+def test_either_hash_of_the_report_finds_damage(
+    pairs: dict[str, tuple[Path, Path]], kept: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pairs["fp8"][1], tmp_path / "checkpoint"))
+    report = json.loads((folder / REPORT).read_text())
+    assert all(
+        len(entry["sha256"]) == 64 and len(entry["xxh3_128"]) == 32 for entry in report["shards"].values()
+    )
+    report["shards"] = {n: {kept: entry[kept].upper()} for n, entry in report["shards"].items()}
+    (folder / REPORT).write_text(json.dumps(report))
+    assert full(folder).findings == ()
+    WEIGHTS["bit flip under the report"].change(folder)
+    assert {f.check.code for f in full(folder).findings} == {"M27-W001"}
+
+
 def test_the_sqnr_is_the_one_that_quantizing_reported(pairs: dict[str, tuple[Path, Path]]) -> None:
     source, out = pairs["fp8"]
     reported = json.loads((out / REPORT).read_text())["summary"]["sqnr_db"]

@@ -22,7 +22,7 @@ class AssumedSource(Source):
         sizes = ((s, math.prod(s.shape) * DTYPE_BITS[s.dtype] // 8) for s in official_tensors(self.config))
         return {s.name: TensorInfo(s.name, s.dtype, s.shape, path, 0, nbytes) for s, nbytes in sizes}
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
         """Random values as a weight has them, ones for block scales."""
         import torch
 

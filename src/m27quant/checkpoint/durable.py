@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+import xxhash
+
 from m27quant.errors import EnvironmentFault, escape
 
 TEMPORARY = ".tmp-"
@@ -151,3 +153,15 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file in hexadecimal, as the Hub names large files."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digests_of(path: Path) -> tuple[str, str]:
+    """(SHA-256, XXH3-128) of a file in hexadecimal, read once: one to compare with the Hub, one to check at speed."""
+    sha256, xxh3 = hashlib.sha256(), xxhash.xxh3_128()
+    buffer = bytearray(2**20)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            part = memoryview(buffer)[:count]
+            sha256.update(part)
+            xxh3.update(part)
+    return sha256.hexdigest(), xxh3.hexdigest()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m27quant.checkpoint.buffers import byte_view
-from m27quant.checkpoint.durable import durable_file, fault_point, move_durably, pwrite_all, sha256_of
+from m27quant.checkpoint.durable import digests_of, durable_file, fault_point, move_durably, pwrite_all
 from m27quant.checkpoint.header import DTYPE_BITS
 from m27quant.checkpoint.names import TensorSpec
 
@@ -82,9 +82,12 @@ class WrittenFile:
     name: str
     size: int
     sha256: str
+    xxh3_128: str | None = None
+    """Of shards, which are checked again later."""
 
     def to_json(self) -> dict[str, str | int]:
-        return {"name": self.name, "size": self.size, "sha256": self.sha256}
+        known: dict[str, str | int] = {"name": self.name, "size": self.size, "sha256": self.sha256}
+        return known if self.xxh3_128 is None else known | {"xxh3_128": self.xxh3_128}
 
 
 class ShardSet:
@@ -146,7 +149,7 @@ def open_shards(
 
 
 def _named_by_content(path: Path, size: int) -> WrittenFile:
-    digest = sha256_of(path)
-    final = path.with_name(f"{path.stem}.{digest[:16]}.safetensors")
+    sha256, xxh3 = digests_of(path)
+    final = path.with_name(f"{path.stem}.{sha256[:16]}.safetensors")
     move_durably(path, final)
-    return WrittenFile(final.name, size, digest)
+    return WrittenFile(final.name, size, sha256, xxh3)

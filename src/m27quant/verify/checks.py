@@ -414,7 +414,7 @@ _FETCH = "Download the file again, or quantize again."
 
 _check(
     "M27-W001", ERROR, "shard is not the file that was written",
-    "Its SHA-256 is not the one in quantization_report.json: a bit that flipped, a copy that broke off, an edit.",
+    "Its hash is not the one in quantization_report.json: a bit that flipped, a copy that broke off, an edit.",
     _FETCH, _AS_IS,
 )  # fmt: skip
 _check(
@@ -438,7 +438,7 @@ _check(
 )  # fmt: skip
 _check(
     "M27-W006", WARNING, "report does not cover the shards",
-    "quantization_report.json has no SHA-256 of a shard: that file's content is unproven.",
+    "quantization_report.json has no hash of a shard: that file's content is unproven.",
     "Take report and shards of one run.",
 )  # fmt: skip
 _check(

@@ -67,7 +67,7 @@ def _stream(view: View, found: Findings, source: Source | None, progress: Progre
             return ValueVisitor(values)
         return Both(ValueVisitor(values), SourceVisitor(comparison))
 
-    actual = stream(view, visitor, hashed=set(hashes), progress=progress)
+    actual = stream(view, visitor, hashed=hashes, progress=progress)
     compare_hashes(hashes, actual, found)
     values.nibbles.report(found)
     facts: dict[str, Any] = {"weights": values.facts(), "hashed_shards": len(actual)}
