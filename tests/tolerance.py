@@ -40,8 +40,25 @@ free.  Measured: 1e-7 for blocks of 16 of 3072 terms, up to 6e-7 for a BLAS that
 SUM_FLOOR: Final = 2.0**-147
 """Beside it, for each 1 of activation: a weight below F32's normal numbers is rounded to steps of 2**-149."""
 
+FLUSHED: Final = 2.0**-126
+"""For each term of a BF16 product: the dot products of AVX512_BF16 take numbers below the normal ones for zero."""
+
 HALF_STEP_BF16: Final = 2.0**-8
 """Rounding to BF16 once, as a share of the value; 2**-134 below its normal numbers."""
+
+ROUTER_WEIGHT_STEPS: Final = 12
+"""A router's weight against F64, in units of 2**-24 of it: sigmoids within two, K of them summed, one division."""
+
+NORM_F32: Final = 2.0**-22
+"""A normed F32 value against F64, as a share of it: mean, root, reciprocal and two products are rounded once each."""
+
+NORM_UNLIKE_TORCH: Final = 2e-5
+"""Share of BF16 values that differ between a norm whose squares are summed in F64 and torch's in F32; 2.4e-6 were
+measured."""
+
+ATTENTION_F32: Final = 4e-6
+"""Attention in F32 against F64, as a share of the largest value: scores of order ten, each off by some 1e-6, and a sum
+of some thousand terms.  Measured: 1.2e-6."""
 
 SQNR_MOE_DB: Final = 45.0
 """Experts against F64: between the projections the activation is rounded to BF16, to NVFP4 or to both, and a last bit

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_STRIP_ELEMENTS = 1 << 22  # bounds the intermediate products to 16 MiB
+
 
 def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:
     """x w^T in F32, rounded once to x's dtype; the order of the sum is torch's."""
@@ -18,7 +20,11 @@ def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:
 
 
 def linear_invariant(x_TK: Tensor, w_NK: Tensor) -> Tensor:
-    """The same, one row at a time: nothing that happens to a row depends on the others."""
-    w_F32 = w_NK.float()
-    rows = [torch.mv(w_F32, x_K.float()).to(x_TK.dtype) for x_K in x_TK]
-    return torch.stack(rows) if rows else x_TK.new_zeros(0, len(w_NK))
+    """The same, one row at a time, each sum by itself: `torch.mv` minds where in memory its operands lie."""
+    y_TN = torch.empty(len(x_TK), len(w_NK), dtype=x_TK.dtype, device=x_TK.device)
+    step = max(_STRIP_ELEMENTS // max(w_NK.shape[1], 1), 1)
+    for n in range(0, len(w_NK), step):
+        w_F32 = w_NK[n : n + step].float().contiguous()
+        for t, x_K in enumerate(x_TK):
+            y_TN[t, n : n + step] = (w_F32 * x_K.float()).sum(-1)
+    return y_TN
