@@ -62,6 +62,15 @@ extern const Level nvfp4_avx2, nvfp4_avx512, nvfp4_avx512_bf16;
     DOT_OF(TARGET, f, 8)
 #define DOTS(f) {f##_1, f##_2, f##_3, f##_4, f##_5, f##_6, f##_7, f##_8}
 
+typedef int8_t Bytes16 __attribute__((vector_size(16)));
+
+/* 2 * E2M1 of 16 codes: magnitudes 0 1 2 3 4 5 6 7 become 0 1 2 3 4 6 8 12. */
+M27_INLINE Bytes16 e2m1_twice(Bytes16 code) {
+    Bytes16 m = code & 7, minus = (Bytes16)(code > 7); /* true is -1 */
+    Bytes16 value = m + ((Bytes16)(m > 4) & (m - 4)) - 2 * (Bytes16)(m == 7);
+    return (value ^ minus) - minus;
+}
+
 /* The first column of pair i of a group; the second is two further. */
 M27_INLINE int bf16_column(int i) { return i / 4 * 8 + i % 2 * 4 + i % 4 / 2; }
 

@@ -8,7 +8,7 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #define LANES 4
 
-typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef Bytes16 Bytes;
 typedef int16_t Shorts __attribute__((vector_size(16)));
 typedef int32_t Words __attribute__((vector_size(16)));
 typedef float Floats __attribute__((vector_size(16)));
@@ -34,11 +34,7 @@ M27_INLINE Floats scales_of(const uint8_t *scales) {
 M27_INLINE Bytes decode(const uint8_t *codes, int high) {
     Words word;
     memcpy(&word, codes, sizeof word);
-    Bytes code = (Bytes)(word >> (high * 4) & 0x0F0F0F0F), magnitude = code & 7;
-    /* 0 1 2 3 4 5 6 7 becomes 0 1 2 3 4 6 8 12; true is -1 */
-    Bytes value = magnitude + ((Bytes)(magnitude > 4) & (magnitude - 4)) - 2 * (Bytes)(magnitude == 7);
-    Bytes minus = (Bytes)(code > 7);
-    return (value ^ minus) - minus;
+    return e2m1_twice((Bytes)(word >> (high * 4) & 0x0F0F0F0F));
 }
 
 M27_INLINE void f32(const int T, const uint8_t *codes, const uint8_t *scales, int64_t num_groups, const void *panel,

@@ -23,8 +23,8 @@ M27_INLINE void load_group(Rows x, int64_t at, float *out) {
         memcpy(out, (const float *)x.data + at, GROUP * sizeof *out);
 }
 
-/* A group's block scale (E4M3 code) and its 16 codes, each in a word. */
-M27_INLINE uint8_t quantize_group(const float *x, Static s, uint32_t *codes) {
+/* A group's block scale (E4M3 code) and its 16 codes in eight bytes, the even one in the low half. */
+M27_INLINE uint8_t quantize_group(const float *x, Static s, uint8_t *out) {
     uint32_t most = 0; /* as integers magnitudes have the same order, and NaN is the largest */
     for (int i = 0; i < GROUP; i++) {
         uint32_t u = f32_bits(x[i]) & 0x7FFFFFFFu;
@@ -34,12 +34,14 @@ M27_INLINE uint8_t quantize_group(const float *x, Static s, uint32_t *codes) {
     uint8_t scale = isnan(wanted) ? 0x7F : e4m3_code(wanted > 448.0f ? 448.0f : wanted);
     float factor = 1.0f / (e4m3_value(scale) * s.inverse);
     factor = factor > FLT_MAX ? FLT_MAX : factor;
+    uint32_t codes[GROUP];
     for (int i = 0; i < GROUP; i++) {
         float y = fabsf(x[i] * factor);
         uint32_t code = (uint32_t)(y > 0.25f) + (y >= 0.75f) + (y > 1.25f) + (y >= 1.75f) + (y > 2.5f) + (y >= 3.5f) +
                         (y > 5.0f);
         codes[i] = code | (f32_bits(x[i]) >> 31 << 3);
     }
+    for (int i = 0; i < GROUP / 2; i++) out[i] = (uint8_t)(codes[2 * i] | codes[2 * i + 1] << 4);
     return scale;
 }
 
@@ -51,12 +53,9 @@ M27_CLONES static void quantize(Rows x, float input_scale, int swizzled, uint8_t
         uint8_t *tile = scales + t / 128 * tiles * 512 + t % 32 * 16 + t / 32 % 4 * 4;
         for (int64_t g = 0; g < groups; g++) {
             float v[GROUP];
-            uint32_t c[GROUP];
             load_group(x, t * x.num_columns + g * GROUP, v);
-            uint8_t scale = quantize_group(v, s, c);
+            uint8_t scale = quantize_group(v, s, codes + (t * groups + g) * (GROUP / 2));
             *(swizzled ? tile + g / 4 * 512 + g % 4 : scales + t * groups + g) = scale;
-            uint8_t *out = codes + (t * groups + g) * (GROUP / 2);
-            for (int i = 0; i < GROUP / 2; i++) out[i] = (uint8_t)(c[2 * i] | c[2 * i + 1] << 4);
         }
     }
 }
@@ -67,27 +66,29 @@ M27_EXPORT void m27_nvfp4_quantize(const void *x, int is_bf16, int64_t num_colum
     M27_IEEE(quantize((Rows){x, num_columns, is_bf16}, input_scale, swizzled, codes, scales, row0, row1));
 }
 
+typedef uint8_t Bytes8 __attribute__((vector_size(8)));
+typedef uint16_t Shorts8 __attribute__((vector_size(16)));
+
 /* ---- arranging ------------------------------------------------------------------------------------------- */
 
 M27_CLONES static void arrange_int8(Rows x, int64_t row, int T, float input_scale, int32_t *panel) {
-    static const int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
     Static s = static_scale(input_scale);
     for (int64_t g = 0; g < x.num_columns / GROUP; g++, panel += 6 * T) {
         float v[GROUP];
-        uint32_t c[GROUP];
-        int32_t sum = 0;
+        uint8_t c[GROUP / 2];
         load_group(x, row * x.num_columns + g * GROUP, v);
         float scale = e4m3_value(quantize_group(v, s, c));
-        for (int i = 0; i < 4; i++) {
-            uint32_t word = 0;
-            for (int b = 0; b < 4; b++) {
-                int8_t value = TWICE[c[4 * i + b]];
-                sum += value;
-                word |= (uint32_t)(uint8_t)value << 8 * b;
-            }
-            panel[i * T] = (int32_t)word;
-        }
-        panel[4 * T] = -12 * sum;
+        Bytes8 packed;
+        memcpy(&packed, c, sizeof packed);
+        Shorts8 pair = __builtin_convertvector(packed, Shorts8);
+        Bytes16 code = e2m1_twice((Bytes16)((pair & 0x0F) | (pair & 0xF0) << 4)) + 12; /* not negative, to add up */
+        uint32_t words[4], sums = 0;
+        memcpy(words, &code, sizeof words);
+        for (int i = 0; i < 4; i++) sums += (words[i] & 0x00FF00FF) + (words[i] >> 8 & 0x00FF00FF);
+        code -= 12;
+        memcpy(words, &code, sizeof words);
+        for (int i = 0; i < 4; i++) panel[i * T] = (int32_t)words[i];
+        panel[4 * T] = -12 * ((int32_t)((sums & 0xFFFF) + (sums >> 16)) - 12 * GROUP);
         memcpy(panel + 5 * T, &scale, sizeof scale);
     }
 }

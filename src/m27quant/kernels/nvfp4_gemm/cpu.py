@@ -30,9 +30,9 @@ def prepare(packed: PackedNVFP4, activations: str) -> tuple[Tensor, ...]:
 def empty(N: int, K: int, *batch: int) -> tuple[Tensor, Tensor]:
     """Room for prepared codes and block scales, after the dimensions `batch`."""
     shape = (*batch, -(-N // ROWS), K // GROUP)
-    return torch.empty(*shape, ROWS * GROUP // 2, dtype=torch.uint8), torch.empty(
-        *shape, ROWS, dtype=torch.uint8
-    )
+    codes = torch.empty(*shape, ROWS * GROUP // 2, dtype=torch.uint8)
+    native.function("m27_advise_large_pages")(codes.data_ptr(), codes.nbytes)
+    return codes, torch.empty(*shape, ROWS, dtype=torch.uint8)
 
 
 def repack(packed: PackedNVFP4, codes: Tensor, scales: Tensor) -> None:
