@@ -115,6 +115,50 @@ def test_only_our_own_pages_are_replaced(nvfp4: Path, tmp_path: Path, report: Ca
     assert report(nvfp4, "-o", tmp_path / "no" / "where.html")[0] == 4
 
 
+def test_it_is_asked_as_verify_is(nvfp4: Path, tmp_path: Path, report: Call, repository: Path) -> None:
+    target, tiny = tmp_path / "report.html", repository / "examples/tiny-m27"
+    text = [
+        "--logits",
+        "--text",
+        tiny / "heldout.txt",
+        "--num-samples",
+        "1",
+        "--seq-len",
+        "64",
+        "--device",
+        "cpu",
+    ]
+    serving = ["--gpu", "b200", "--tp", "2", "--engine", "vllm"]
+    args = ["--full", "--source", tiny, *text, *serving, "--no-progress"]
+    assert report(nvfp4, "-o", target, *args)[0] == 0
+    page = target.read_text()
+    for words in (
+        "level full",
+        "Against its source",
+        "KL divergence",
+        "SQNR of hidden states",
+        "Serving",
+        "vLLM 0.33",
+    ):
+        assert words in page
+    assert "SGLang 0.5.23" not in page
+    code, out, err = report(nvfp4, "-o", target, "--source", tiny)
+    assert (code, out) == (2, "")
+    assert "--full" in err
+
+
+def test_accepted_findings_are_left_out_and_counted(nvfp4: Path, tmp_path: Path, report: Call) -> None:
+    accepted, target = tmp_path / "accepted.json", tmp_path / "report.html"
+    assert main(["verify", str(nvfp4), "--write-baseline", str(accepted)]) == 0
+    code, _, err = report(nvfp4, "-o", target, "--baseline", accepted)
+    assert (code, err) == (0, "1 finding accepted in " + f"{accepted}\n")
+    page = target.read_text()
+    assert "no findings, 1 accepted" in page
+    assert "M27-F025" not in page
+    assert report(nvfp4, "-o", target, "--ignore", "M27-F025")[0] == 0
+    assert "M27-F025" not in target.read_text()
+
+
 def test_an_output_file_is_asked_for(nvfp4: Path, report: Call) -> None:
     assert report(nvfp4)[0] == 2
 

@@ -13,7 +13,7 @@ from m27quant.cli import options as shared
 from m27quant.cli import verify_options as ask
 from m27quant.cli.files import forget, write_file
 from m27quant.cli.output import Output
-from m27quant.cli.verifying import Request, given, run, without_accepted
+from m27quant.cli.verifying import Request, from_here, given, run, without_accepted
 from m27quant.errors import FindingsError, M27Error, UsageError, escape
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _failing_in_words(
     except M27Error as fault:
         from m27quant.verify.unverified import unverified
 
-        result = unverified(asked.checkpoint, asked.level, fault)
+        result = unverified(from_here(asked.checkpoint), asked.level, fault)
         _summarize(output, result, kind)
         if output_file is not None:
             _write(output, output_file, _texts(result, fail_on, 0)[kind]() + "\n", fault)
@@ -129,18 +129,19 @@ def _accept(
     output: Output, result: VerifyResult, baseline: Path | None, write_baseline: Path | None
 ) -> tuple[VerifyResult, int]:
     """The result without the findings that are accepted, and how many those are."""
+    from m27quant.report.text import plural
     from m27quant.verify.baseline import to_baseline
 
     if write_baseline is not None:
         if baseline is not None:
             without_accepted(result, baseline)  # for its faults: the new file holds all that is found
         write_file(write_baseline, to_baseline(result.findings).encode())
-        output.status(f"{len(result.findings)} findings are accepted in {write_baseline}")
+        output.status(f"{plural(len(result.findings), 'finding')} accepted in {write_baseline}")
         return dataclasses.replace(result, findings=()), len(result.findings)
     if baseline is None:
         return result, 0
     result, accepted = without_accepted(result, baseline)
-    output.status(f"{accepted} findings are accepted by {baseline}")
+    output.status(f"{plural(accepted, 'finding')} accepted by {baseline}")
     return result, accepted
 
 

@@ -116,7 +116,7 @@ def run(output: Output, asked: Request) -> tuple[Location, VerifyResult]:
             "no check is left that this level and engine apply",
             hint="take fewer of --select, --ignore, --quick",
         )
-    return location, dataclasses.replace(result, checkpoint=_from_here(result.checkpoint))
+    return location, dataclasses.replace(result, checkpoint=from_here(result.checkpoint))
 
 
 def without_accepted(result: VerifyResult, baseline: Path) -> tuple[VerifyResult, int]:
@@ -141,7 +141,7 @@ def _source(asked: Request) -> SourceModel | None:
     return SourceModel(model=asked.source, revision=asked.revision, offline=asked.offline, token=asked.secret)
 
 
-def _from_here(checkpoint: str) -> str:
+def from_here(checkpoint: str) -> str:
     """A folder below the working directory by its relative name, which is how CI systems find files."""
     path, here = Path(checkpoint), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else checkpoint
