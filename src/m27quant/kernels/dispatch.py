@@ -29,8 +29,11 @@ _COMPILED = frozenset(
 _COMPILED_BY_LEVEL = frozenset({"nvfp4_gemm", "nvfp4_moe", "linear"})
 """Those whose inner loops are written for one instruction set each."""
 
-_TRITON = frozenset({"nvfp4_pack"})
+_TRITON = frozenset({"nvfp4_pack", "nvfp4_quantize", "rms_norm", "rotary"})
 """Operations with a Triton implementation for CUDA."""
+
+_SUMS = frozenset({"linear", "router", "fp8_kv_attention"})
+"""Those in Triton that multiply in BF16 or F32, which takes a chip with BF16 tensor cores."""
 
 _PRODUCTS = frozenset({"nvfp4_gemm", "nvfp4_moe"})
 """Those in Triton that multiply on tensor cores, on chips that have the right ones."""
@@ -59,6 +62,8 @@ def choose(op: str, device: torch.device | str) -> Choice:
         return Choice("reference", library.error)
     if kind == "cuda" and op in _PRODUCTS:
         return _tensor_cores(torch.device(device))
+    if kind == "cuda" and op in _SUMS:
+        return _sums(torch.device(device))
     if kind == "cuda" and op in _TRITON:
         return _triton()
     return Choice("reference", f"plain torch on {kind}")
@@ -70,6 +75,14 @@ def _triton() -> Choice:
     except ImportError as error:
         return Choice("reference", f"Triton cannot be imported: {error}")
     return Choice("triton", f"Triton {triton.__version__}")
+
+
+def _sums(device: torch.device) -> Choice:
+    choice = _triton()
+    if choice.backend != "triton":
+        return choice
+    missing = chips.why_not_triton(chips.of(device), chips.triton_version())
+    return Choice("reference", missing) if missing else choice
 
 
 def _tensor_cores(device: torch.device) -> Choice:

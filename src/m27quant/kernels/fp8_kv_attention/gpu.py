@@ -220,16 +220,13 @@ def attention_kernel(
     k_cache += j * C
     v_cache += j * C
 
-    if ONE:
-        b_m, b_l, b_acc = _chunk(
-            b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, first, k_cache, v_cache, table, sequence, context, tail,
-            t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
-        )  # fmt: skip
-    else:
-        b_m = tl.full((BM,), float("-inf"), tl.float32)
-        b_l = tl.zeros((BM,), tl.float32)
-        b_acc = tl.zeros((BM, CP), tl.float32)
-        for chunk in range(0, end):
+    # the first chunk apart from the loop: fewer registers
+    b_m, b_l, b_acc = _chunk(
+        b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, first, k_cache, v_cache, table, sequence, context, tail,
+        t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
+    )  # fmt: skip
+    if not ONE:
+        for chunk in range(1, end):
             c_m, c_l, c_acc = _chunk(
                 b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, chunk, k_cache, v_cache, table, sequence, context,
                 tail, t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
@@ -351,7 +348,7 @@ class Plan(NamedTuple):
 
 
 def plan(
-    T: int, S: int, J: int, G: int, C: int, keys: int, *, f32: bool, wide: bool, invariant: bool
+    T: int, S: int, J: int, G: int, C: int, keys: int, *, f32: bool, fp8: bool, wide: bool, invariant: bool
 ) -> Plan:
     """Tiles for T rows of S sequences, of which none has more than `keys` keys.
 
@@ -369,6 +366,8 @@ def plan(
         BM, BK, warps, stages = 128, 64, 8, 2
     if not wide and BM >= 64:
         BM, BK, warps = (32, 32, 4) if invariant else (64, 32, 8)
+    elif not fp8 and BM >= 64:  # a BF16 tile is twice as large
+        BK = 32
     BM = max(BM, GP)
     ROWS = min(BM // GP, rows)
     BASE = 256
@@ -417,7 +416,7 @@ def attention(
     f32 = not f16 and (interpreted or not q.dtype == k_cache.dtype == torch.bfloat16)
     arch = 90 if interpreted else chip.of(q.device).arch
     native_fp8 = f16 and not interpreted and arch >= 89
-    p = plan(T, S, J, H // J, C, B * page + X, f32=f32, wide=90 <= arch < 120, invariant=invariant)
+    p = plan(T, S, J, H // J, C, B * page + X, f32=f32, fp8=fp8, wide=90 <= arch < 120, invariant=invariant)
     chunks = p.chunks if p.split else 0
     part_ml = torch.empty((T, H, chunks, 2), dtype=torch.float32, device=q.device)
     part_acc = torch.empty((T, H, chunks, C), dtype=torch.float32, device=q.device)

@@ -35,15 +35,21 @@ def quantize(x_TK: Tensor, input_scale: Tensor, *, layout: Layout = "plain") -> 
     Every step is correctly rounded, so any backend can give the same bytes; the formula is `reference`'s.
 
     Raises:
-        ValueError: shapes, dtypes, a layout that does not exist, or a scale without a finite positive reciprocal.
+        ValueError: shapes, dtypes, devices, a layout that does not exist; on a CPU also a scale without a finite
+            positive reciprocal (reading it from an accelerator would wait for it).
     """
     _check(x_TK, input_scale)
     if layout not in ("plain", "swizzled"):
         raise ValueError(f"layout must be 'plain' or 'swizzled', not {layout!r}")
-    if choose("nvfp4_quantize", x_TK.device).backend == "cpu-native":
+    backend = choose("nvfp4_quantize", x_TK.device).backend
+    if backend == "cpu-native":
         from m27quant.kernels.nvfp4_quantize import cpu
 
         return QuantizedNVFP4(*cpu.quantize(x_TK, input_scale, swizzled=layout == "swizzled"))
+    if backend == "triton":
+        from m27quant.kernels.nvfp4_quantize import gpu
+
+        return QuantizedNVFP4(*gpu.quantize(x_TK, input_scale, swizzled=layout == "swizzled"))
     codes, block_scale = reference.quantize(x_TK, input_scale)
     if layout == "swizzled":
         block_scale = reference.swizzle(block_scale)
@@ -68,5 +74,10 @@ def _check(x_TK: Tensor, input_scale: Tensor) -> None:
         raise ValueError(
             f"activations need a floating [T, K], K a multiple of {GROUP}; got {list(x_TK.shape)}"
         )
-    if input_scale.dtype != torch.float32 or input_scale.dim() != 0 or not is_usable(input_scale):
+    if input_scale.device != x_TK.device:
+        raise ValueError(
+            f"activations are on {x_TK.device}, input_scale on {input_scale.device}: move one of them"
+        )
+    looked_at = input_scale.device.type == "cpu"
+    if input_scale.dtype != torch.float32 or input_scale.dim() or (looked_at and not is_usable(input_scale)):
         raise ValueError("input_scale must be a positive F32 [] with a finite reciprocal")

@@ -5,6 +5,7 @@ Shapes: T tokens, D hidden, E experts, K experts per token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from m27quant.kernels.dispatch import choose
 from m27quant.kernels.linear import linear
+from m27quant.kernels.linear.checks import check as check_product
 from m27quant.kernels.router import reference
 
 __all__ = ["route", "select"]
@@ -40,6 +42,12 @@ def route(
         raise ValueError(
             f"the router's gate is {gate_ED.dtype}: it must be float32, as the checkpoint has it"
         )
+    if choose("router", h_TD.device).backend == "triton":
+        from m27quant.kernels.router import gpu
+
+        check_product(h_TD, gate_ED)
+        _check((len(h_TD), len(gate_ED)), h_TD.device, bias_E, k)
+        return gpu.route(h_TD, gate_ED, bias_E, k)  # never in TF32, whatever torch may do in its products
     logits_TE = linear(h_TD.float(), gate_ED, invariant=invariant)
     return select(logits_TE, bias_E, k)
 
@@ -50,17 +58,24 @@ def select(logits_TE: Tensor, bias_E: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: dtypes, shapes or devices that do not fit.
     """
-    if logits_TE.dim() != 2 or bias_E.shape != logits_TE.shape[1:] or bias_E.device != logits_TE.device:
-        raise ValueError(
-            f"router logits {list(logits_TE.shape)} on {logits_TE.device} need a selection bias "
-            f"[{logits_TE.shape[-1]}] there; it is {list(bias_E.shape)} on {bias_E.device}"
-        )
-    if logits_TE.dtype != torch.float32 or bias_E.dtype != torch.float32:
-        raise ValueError(f"router logits and bias must be float32, are {logits_TE.dtype} and {bias_E.dtype}")
-    if not 1 <= k <= logits_TE.shape[1]:
-        raise ValueError(f"cannot choose {k} of {logits_TE.shape[1]} experts")
+    if logits_TE.dtype != torch.float32:
+        raise ValueError(f"router logits must be float32, are {logits_TE.dtype}")
+    _check(logits_TE.shape, logits_TE.device, bias_E, k)
     experts_TK, weights_TK = _backend(logits_TE).select(logits_TE, bias_E, k)
     return experts_TK, weights_TK
+
+
+def _check(shape: Sequence[int], device: torch.device, bias_E: Tensor, k: int) -> None:
+    """Refuse a bias and a number of experts that do not fit logits of a shape."""
+    if len(shape) != 2 or list(bias_E.shape) != list(shape[1:]) or bias_E.device != device:
+        raise ValueError(
+            f"router logits {list(shape)} on {device} need a selection bias "
+            f"[{shape[-1]}] there; it is {list(bias_E.shape)} on {bias_E.device}"
+        )
+    if bias_E.dtype != torch.float32:
+        raise ValueError(f"the router's bias must be float32, is {bias_E.dtype}")
+    if not 1 <= k <= shape[1]:
+        raise ValueError(f"cannot choose {k} of {shape[1]} experts")
 
 
 def _backend(tensor: Tensor) -> ModuleType:
