@@ -27,14 +27,12 @@ PIECES = {"at once": [40], "two": [16, 24], "odd": [1, 17, 5, 16, 1], "token by 
 
 
 @pytest.fixture(scope="module", params=[*SHAPES, "tiny-m27"])
-def nvfp4(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    home = tmp_path_factory.mktemp("logits")
+def nvfp4(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_nvfp4: Path) -> Path:
     if request.param == "tiny-m27":
-        source, rows = repository / "examples/tiny-m27", repository / "examples/tiny-m27/calibration.jsonl"
-    else:
-        source = write_checkpoint(home / "fp8", SHAPES[request.param])
-        rows = write_rows(home / "rows.jsonl")
-    quantize_checkpoint(str(source), home / "nvfp4", dataset=str(rows), num_samples=8, seq_len=64)
+        return tiny_nvfp4
+    home = tmp_path_factory.mktemp("logits")
+    source = write_checkpoint(home / "fp8", SHAPES[request.param])
+    quantize_checkpoint(str(source), home / "nvfp4", dataset=str(write_rows(home / "rows.jsonl")))
     return home / "nvfp4"
 
 
