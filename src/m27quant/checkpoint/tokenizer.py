@@ -142,6 +142,14 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can become a prompt."""
+        try:
+            return bool(self._chat_template())
+        except UsageError:
+            return False
+
     def _chat_template(self) -> str:
         if self._template is None:
             path = self._folder / "chat_template.jinja"

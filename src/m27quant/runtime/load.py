@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -81,7 +82,8 @@ def load_llm(
     taps, drafts = (len(drafting.taps), drafting.num_draft_tokens) if drafting else (0, 0)
     shape, memory = plan(taps, drafts, getattr(drafting, "nbytes", 0))
     cache = KvCache(shape, memory.num_blocks, device)
-    llm = LLM(model, cache, source.folder, options, memory, drafting, notices=form.notices)
+    taken = replace(options, activations=form.activations)
+    llm = LLM(model, cache, source.folder, taken, memory, drafting, notices=form.notices)
     for line in (*llm.notices, form.describe(), memory.describe()):
         say(line)
     return llm

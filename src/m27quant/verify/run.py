@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -30,13 +31,16 @@ from m27quant.verify.view import View
 if TYPE_CHECKING:
     from m27quant.verify.full import SourceModel
     from m27quant.verify.logits import LogitsOptions
+    from m27quant.verify.outputs import OutputsOptions
 
 Level = Literal["quick", "default", "full"]
 NEEDS_SCALES = {f"M27-S{number:03d}" for number in range(1, 21) if number != 17}
 """What headers cannot tell."""
 OF_WEIGHTS, FIRST_OF_SOURCE = "M27-W", "M27-W010"
 OF_SMALL_TENSORS = ("M27-W005", "M27-W007")
-OF_SERVING, OF_DRAFTER, OF_LOGITS = "M27-V", "M27-R", "M27-L"
+OF_SERVING, OF_DRAFTER, OF_LOGITS, OF_OUTPUTS = "M27-V", "M27-R", "M27-L", "M27-O"
+OUTPUTS_OF_SOURCE = ("M27-O003", "M27-O006", "M27-O008")
+OUTPUTS_OF_DRAFTER = ("M27-O010", "M27-O011", "M27-O012", "M27-O013")
 
 
 def verify_checkpoint(
@@ -51,6 +55,7 @@ def verify_checkpoint(
     serving: Serving | None = None,
     drafter: str | os.PathLike[str] | None = None,
     logits: LogitsOptions | None = None,
+    outputs: OutputsOptions | None = None,
 ) -> VerifyResult:
     """Check a folder that should hold MiniMax-M2.x in experts-only NVFP4.
 
@@ -61,10 +66,11 @@ def verify_checkpoint(
         select: codes, or their beginnings, to report; all where empty.
         ignore: codes, or their beginnings, not to report.
         source: at level "full", the FP8 or BF16 model that every tensor is compared with: a folder or a Hub id.
-        progress: called with snapshots of level "full".
+        progress: called with snapshots of levels "default" and "full".
         serving: also whether it can be served in this way; nothing of it where None.
         drafter: folder of a DFlash or EAGLE3 drafter that is also checked against this target.
         logits: also how far its next-token probabilities are from the source's on a text; not where None.
+        outputs: also run it, with `drafter` and beside `source` where they are given; not where None.
 
     Raises:
         UsageError: an unknown level, engine or code; a source at another level than full.
@@ -73,8 +79,10 @@ def verify_checkpoint(
     """
     select, ignore = _codes(select), _codes(ignore)
     _one_of("level", level, get_args(Level))
-    if source is not None and level != "full" and logits is None:
-        raise UsageError("a source is compared with all weights", hint="take level full with it, or logits")
+    if source is not None and level != "full" and logits is None and outputs is None:
+        raise UsageError(
+            "a source is compared with all weights", hint="take level full with it, or logits, or outputs"
+        )
     if logits is not None and source is None:
         raise UsageError("logits are compared with the source's, which is not given")
     if engine is not None:
@@ -92,7 +100,7 @@ def verify_checkpoint(
     if level != "quick":
         from m27quant.verify.scales import check_scales  # numpy: not for headers alone
 
-        check_scales(view, found)
+        check_scales(view, found, progress if level == "default" else nobody)
         from m27quant.verify.small import check_small
 
         check_small(view, found, finite=level != "full")
@@ -111,6 +119,8 @@ def verify_checkpoint(
             facts[f"serving_{name}"] = of_engine
     if drafter is not None and view.config is not None:
         facts["drafter"] = check_drafter(Path(drafter), view.config, found, values=level != "quick")
+    if outputs is not None:
+        facts["outputs"] = _outputs(view, found, source, drafter, outputs, progress)
     run = [code for code in CHECKS if level != "quick" or code not in NEEDS_SCALES]
     run = [code for code in run if not code.startswith(OF_WEIGHTS) or _reads_weights(code, level, source)]
     if not serving:
@@ -119,6 +129,12 @@ def verify_checkpoint(
         run = [code for code in run if not code.startswith(OF_DRAFTER)]
     if "kl_mean" not in more.get("logits", {}):
         run = [code for code in run if not code.startswith(OF_LOGITS)]
+    if "layers" not in facts.get("outputs", {}):
+        run = [code for code in run if not code.startswith(OF_OUTPUTS)]
+    if source is None:
+        run = [code for code in run if code not in OUTPUTS_OF_SOURCE]
+    if drafter is None:
+        run = [code for code in run if code not in OUTPUTS_OF_DRAFTER]
     return VerifyResult(
         checkpoint=_name(checkpoint),
         level=level,
@@ -160,6 +176,28 @@ def _logits(
             if not any(f.severity is Severity.ERROR for f in found.finish()):
                 raise
             return {"not_computed": fault.message}
+
+
+def _outputs(
+    view: View,
+    found: Findings,
+    source: SourceModel | str | None,
+    drafter: str | os.PathLike[str] | None,
+    options: OutputsOptions,
+    progress: ProgressCallback,
+) -> dict[str, Any]:
+    """The figures, or why the checkpoint could not be run: what other checks found before."""
+    from m27quant.verify.outputs import check_outputs  # the runtime, and torch
+
+    model = _source_model(source)
+    name = None if drafter is None else os.fspath(drafter)
+    with nullcontext() if model is None else model.open() as opened:
+        try:
+            return check_outputs(view.folder, opened, name, options, found, progress=progress)
+        except CheckpointError as fault:
+            if not any(f.severity is Severity.ERROR for f in found.finish()):
+                raise
+            return {"not_run": fault.message}
 
 
 def _chosen(

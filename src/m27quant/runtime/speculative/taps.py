@@ -118,7 +118,7 @@ def measure_taps(
     agreement = {offset: sum(hits) / max(1, len(hits)) for offset, hits in found.items()}
     best = max(agreement, key=lambda offset: (agreement[offset], offset == by_rule.offset))
     positions = len(found[best])
-    clear = best != by_rule.offset and _differs(found[best], found.get(by_rule.offset, []))
+    clear = best != by_rule.offset and is_clearly_better(found[best], found.get(by_rule.offset, []))
     offset = best if clear else by_rule.offset
     states = tuple(i + offset for i in ids)
     seen = ", ".join(f"offset {o}: {share:.1%}" for o, share in sorted(agreement.items()))
@@ -136,8 +136,8 @@ def measure_taps(
     )
 
 
-def _differs(better: list[bool], worse: list[bool]) -> bool:
-    """Whether the paired difference is more than noise (McNemar's statistic)."""
+def is_clearly_better(better: list[bool], worse: list[bool]) -> bool:
+    """Whether one list of hits at the same positions beats another by more than noise (McNemar's statistic)."""
     if not worse:
         return True
     wins = sum(a and not b for a, b in zip(better, worse, strict=True))
