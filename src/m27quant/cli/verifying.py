@@ -98,7 +98,7 @@ def run(output: Output, asked: Request) -> tuple[Location, VerifyResult]:
         token=asked.secret,
         say=output.status,
     )
-    with show(output, enabled=(asked.full or asked.logits) and not asked.no_progress) as progress:
+    with show(output, enabled=not asked.quick and not asked.no_progress) as progress:
         result = verify_checkpoint(
             location,
             level=asked.level,

@@ -20,10 +20,14 @@ Floats = npt.NDArray[np.float32]
 TILE_ROWS, TILE_COLUMNS = 128, 4
 """Of kernels' layout (`difference.swizzle`): in a tile row r = 32 a + b of column c lies at 16 b + 4 a + c."""
 SIGMAS, LEAST_GAIN = 10.0, 0.02
-"""What undoing a swizzle must explain in addition: of the variance, and in standard deviations of chance."""
+"""What undoing a swizzle must explain in addition: of the variance, and in standard deviations of chance.
+
+Measured on [1536, 3072] and its transpose: undoing what was never done gains at most 0.001, of 128 rows of 16 groups at
+most 0.015 where 0.083 is needed; rows that differ by 5% gain 0.04, by 10% 0.13, columns by 20% 0.03 to 0.04.
+"""
 Z = 6.0
 """Standard deviations: by chance one matrix in a billion."""
-SAMPLE_ROWS, SAMPLE_GROUPS = 64, 64
+SAMPLE_ROWS, SAMPLE_GROUPS = 32, 64
 
 SQUARES = np.array([0.0, 0.25, 1.0, 2.25, 4.0, 9.0, 16.0, 36.0], np.float32)
 LOW, HIGH = SQUARES[np.arange(256) & 7], SQUARES[np.arange(256) >> 4 & 7]
@@ -54,9 +58,13 @@ def explained(scale_NG: Bytes) -> Explained | None:
     total = float(np.dot(x_RG.ravel(), x_RG.ravel()))
     if not total:
         return None
-    tiles = x_RG.reshape(g // TILE_COLUMNS, 32, 4, TILE_COLUMNS)  # column of tiles, b, a, c
-    stored = TILE_ROWS * _square(x_RG.mean(0)) + g * _square(x_RG.mean(1))
-    unswizzled = TILE_ROWS * _square(tiles.mean((1, 2))) + g * _square(tiles.mean((0, 3)))
+    tiles = x_RG.reshape(
+        g // TILE_COLUMNS, TILE_ROWS, TILE_COLUMNS
+    )  # column of tiles, row within, column within
+    of_tile, of_rows, of_row = (np.ones(n, np.float32) for n in (TILE_COLUMNS, TILE_ROWS, g))
+    # sums as products: numpy's own take ten times as long
+    stored = _square(of_rows @ x_RG) / TILE_ROWS + _square(x_RG @ of_row) / g
+    unswizzled = _square(of_rows @ tiles) / TILE_ROWS + _square((tiles @ of_tile).sum(0)) / g
     chance = math.sqrt(2 * (TILE_ROWS + g)) / (TILE_ROWS * g)
     return Explained(stored / total, unswizzled / total, max(LEAST_GAIN, SIGMAS * chance))
 
@@ -67,7 +75,8 @@ def _square(x: Floats) -> float:
 
 def row_pairs(scale_NG: Bytes) -> npt.NDArray[np.float16]:
     """[N/2]: how much larger the even row of a pair is than the odd one, by the codes of its block scales."""
-    level_N = scale_NG[:, :SAMPLE_GROUPS].mean(1, dtype=np.float32)
+    sample_NG = scale_NG[:, :SAMPLE_GROUPS].astype(np.float32)
+    level_N = sample_NG @ np.full(sample_NG.shape[1], 1 / sample_NG.shape[1], np.float32)
     even = len(level_N) // 2 * 2
     result: npt.NDArray[np.float16] = (level_N[0:even:2] - level_N[1:even:2]).astype(np.float16)
     return result
@@ -75,7 +84,7 @@ def row_pairs(scale_NG: Bytes) -> npt.NDArray[np.float16]:
 
 def column_energy(codes_RJ: Bytes) -> npt.NDArray[np.float32]:
     """[2, J]: sums of squared E2M1 values, low nibbles and high ones; pairs share their block scales."""
-    return np.stack((LOW[codes_RJ].sum(0), HIGH[codes_RJ].sum(0)))
+    return np.stack((np.take(LOW, codes_RJ).sum(0), np.take(HIGH, codes_RJ).sum(0)))
 
 
 def pairs(energy_2J: npt.NDArray[np.float32]) -> Floats:

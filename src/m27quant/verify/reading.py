@@ -13,20 +13,34 @@ MAX_GAP = 64 * 2**10
 MAX_RUN = 8 * 2**20
 
 
-def read_tensors(tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, memoryview]]:
+class Room:
+    """Memory to read to, again and again: fresh memory costs more than reading."""
+
+    def __init__(self) -> None:
+        self._memory = memoryview(bytearray())
+
+    def of(self, size: int) -> memoryview:
+        """The first `size` bytes."""
+        if len(self._memory) < size:
+            self._memory = memoryview(bytearray(size))
+        return self._memory[:size]
+
+
+def read_tensors(
+    tensors: Iterable[TensorInfo], room: Room | None = None
+) -> Iterator[tuple[TensorInfo, memoryview]]:
     """(tensor, its bytes), file by file in the order in which they lie there; a view lasts until the next one.
+
+    `room`: for many calls, one after another.
 
     Raises:
         CheckpointError: a file that shrinks while it is read.
         EnvironmentFault: a file that cannot be opened or read.
     """
-    room = memoryview(bytearray())
+    room = Room() if room is None else room
     for run in _runs(sorted(tensors, key=lambda t: (str(t.path), t.start, t.end))):
         begin = run[0].start
-        size = max(t.end for t in run) - begin
-        if len(room) < size:  # fresh memory costs more than reading
-            room = memoryview(bytearray(size))
-        view = room[:size]
+        view = room.of(max(t.end for t in run) - begin)
         shown = escape(run[0].path)
         try:
             fd = os.open(run[0].path, os.O_RDONLY | os.O_CLOEXEC)

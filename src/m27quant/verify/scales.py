@@ -14,9 +14,11 @@ import numpy.typing as npt
 from m27quant.checkpoint import names
 from m27quant.checkpoint.config import GROUP_SIZE, M2Config
 from m27quant.checkpoint.header import TensorInfo
+from m27quant.progress import ProgressCallback, ignore
 from m27quant.verify.collect import Findings
 from m27quant.verify.plausible import check_kv_outliers, check_reciprocals
-from m27quant.verify.reading import read_tensors
+from m27quant.verify.reading import Room, read_tensors
+from m27quant.verify.stream import Meter
 from m27quant.verify.suspects import check_scale_order
 from m27quant.verify.view import View
 
@@ -29,14 +31,14 @@ LOW_INPUT, LOW_WEIGHT, HIGH = 1 / 16, 1 / 64, 64.0
 """Times the median of the layer's experts."""
 SATURATED_SHARE, SATURATED_COUNT = 0.1, 32
 NAN, LARGEST, SIGN = 0x7F, 0x7E, 0x80
-CODE_BITS = 0x77
-"""Of two E2M1 codes in a byte all but the signs."""
+CODE_BITS = np.uint64(0x7777777777777777)
+"""Of sixteen E2M1 codes all but the signs."""
 
 Table = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 
-def check_scales(view: View, found: Findings) -> None:
+def check_scales(view: View, found: Findings, progress: ProgressCallback = ignore) -> None:
     """Read every scale that has the type and shape it should have, and check its value."""
     if view.config is None:
         return
@@ -49,7 +51,7 @@ def check_scales(view: View, found: Findings) -> None:
         check_reciprocals(table_LEP, part, found)
     check_kv_outliers(scalars, c, found)
     _check_kv(scalars, c, found)
-    _check_block_scales(view, found)
+    _check_block_scales(view, found, progress)
 
 
 def _right(view: View, endings: tuple[str, ...]) -> Iterable[TensorInfo]:
@@ -167,8 +169,12 @@ def _check_kv(scalars: dict[str, np.float32], c: M2Config, found: Findings) -> N
 # -- block scales ----------------------------------------------------------------------------------
 
 
-def _check_block_scales(view: View, found: Findings) -> None:
-    for info, data in read_tensors(_right(view, (".weight_scale",))):
+def _check_block_scales(view: View, found: Findings, progress: ProgressCallback) -> None:
+    infos = list(_right(view, (".weight_scale",)))
+    meter = Meter(sum(info.nbytes for info in infos), progress)
+    room = Room()
+    for info, data in read_tensors(infos):
+        meter.add(info.nbytes)
         codes = np.frombuffer(data, np.uint8)
         if not codes.size:
             continue
@@ -177,7 +183,7 @@ def _check_block_scales(view: View, found: Findings) -> None:
         if largest > LARGEST:
             _report_bad_codes(info, codes, found)
         if codes.min() == 0 or largest >= SIGN:
-            _check_zeros(info, codes, view, found)
+            _check_zeros(info, codes, view, found, room)
         if largest >= LARGEST:
             count = int(np.count_nonzero(codes == LARGEST))
             share = count / codes.size
@@ -201,7 +207,7 @@ def _report_bad_codes(info: TensorInfo, codes: Bytes, found: Findings) -> None:
             )  # fmt: skip
 
 
-def _check_zeros(info: TensorInfo, codes: Bytes, view: View, found: Findings) -> None:
+def _check_zeros(info: TensorInfo, codes: Bytes, view: View, found: Findings, room: Room) -> None:
     """Zero block scales are wrong where the block's own codes are not all zero."""
     zeros = np.flatnonzero((codes & NAN) == 0)
     weight = view.tensors.get(info.name.removesuffix("_scale"))
@@ -210,9 +216,9 @@ def _check_zeros(info: TensorInfo, codes: Bytes, view: View, found: Findings) ->
         return
     if weight.end > view.shard_sizes.get(weight.path.name, 0):
         return
-    for _, data in read_tensors([weight]):
-        blocks = np.frombuffer(data, np.uint8).reshape(-1, per_block)[zeros]
-        lost = zeros[((blocks & CODE_BITS) != 0).any(axis=1)]
+    for _, data in read_tensors([weight], room):
+        words = np.frombuffer(data, "<u8")  # a block each
+        lost = zeros[(words[zeros] & CODE_BITS) != 0] if words.any() else zeros[:0]
         if lost.size:
             row, group = divmod(int(lost[0]), info.shape[1])
             found.add(
