@@ -23,6 +23,10 @@
 
 #include "core.h"
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define GROUP 16 /* columns under one block scale */
 #define ROWS 16  /* of a block */
 #define TILE 8   /* most tokens */
@@ -66,9 +70,14 @@ typedef int8_t Bytes16 __attribute__((vector_size(16)));
 
 /* 2 * E2M1 of 16 codes: magnitudes 0 1 2 3 4 5 6 7 become 0 1 2 3 4 6 8 12. */
 M27_INLINE Bytes16 e2m1_twice(Bytes16 code) {
+#if defined(__aarch64__)
+    static const int8_t TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    return (Bytes16)vqtbl1q_s8(vld1q_s8(TWICE), (uint8x16_t)code);
+#else
     Bytes16 m = code & 7, minus = (Bytes16)(code > 7); /* true is -1 */
     Bytes16 value = m + ((Bytes16)(m > 4) & (m - 4)) - 2 * (Bytes16)(m == 7);
     return (value ^ minus) - minus;
+#endif
 }
 
 /* The first column of pair i of a group; the second is two further. */

@@ -1,10 +1,6 @@
 /* Dots in portable C: vectors of 16 bytes hold 4 rows, a block is done in quarters.  NEON's and SSE2's width. */
 #include "nvfp4.h"
 
-#if defined(__aarch64__)
-#include <arm_neon.h>
-#endif
-
 #define UNROLL _Pragma("GCC unroll 8")
 #define LANES 4
 
