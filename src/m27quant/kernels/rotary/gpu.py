@@ -100,7 +100,7 @@ def qk_norm_rope(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.qk_norm_rope`."""
-    q_THC, k_TJC = (x.reshape(len(x), -1, head_dim) for x in (q_TQ, k_TX))
+    q_THC, k_TJC = (x.reshape(len(x), x.shape[1] // head_dim, head_dim) for x in (q_TQ, k_TX))
     return _launch(q_THC, k_TJC, q_norm_Q, k_norm_X, cos_T1R, sin_T1R, eps)
 
 
