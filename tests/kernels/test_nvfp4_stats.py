@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from m27quant.kernels.nvfp4_stats import CodeCounts, any_nonfinite, count_codes, reference, zero_blocks
+from m27quant.kernels.nvfp4_stats import (
+    CodeCounts,
+    any_nonfinite,
+    column_energy,
+    count_codes,
+    reference,
+    zero_blocks,
+)
 
 
 def by_hand(codes: np.ndarray) -> CodeCounts:
@@ -70,3 +77,16 @@ def test_a_nan_is_found_wherever_it_is(
             wrong = numbers.copy()
             wrong[at] = exponent | 1 << (8 * numbers.itemsize - 1)  # minus infinity
             assert any_nonfinite(wrong, exponent)
+
+
+@pytest.mark.parametrize("kernels", ["", "reference"])
+@pytest.mark.parametrize("rows", [1, 32, 400])
+def test_column_energy(kernels: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("M27QUANT_KERNELS", kernels)
+    codes = np.random.default_rng(rows).integers(0, 256, (rows, 37)).astype(np.uint8)
+    codes[:, 0] = 0xFF  # 400 times the largest: the sums just fit
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    expected = np.stack([4 * (values[half] ** 2).sum(0) for half in (codes & 7, codes >> 4 & 7)])
+    assert column_energy(codes).tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="at most 400 rows"):
+        column_energy(np.zeros((401, 2), np.uint8))

@@ -41,6 +41,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "m27_row_errors": (None, [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_void_p, *_ROWS]),
     "m27_compare_fp8": (c_float, [*_FP8, c_float, c_void_p, c_void_p, c_void_p, c_void_p, *_ROWS]),
     "m27_count_codes": (None, [c_void_p, c_int64, c_void_p]),
+    "m27_column_energy": (None, [c_void_p, c_int64, c_int64, c_void_p, c_void_p]),
     "m27_nonfinite16": (c_int, [c_void_p, c_int64, c_int]),
     "m27_nonfinite32": (c_int, [c_void_p, c_int64, c_int]),
     "m27_linear_rows": (None, [c_void_p, c_int, *[c_int64] * 3, c_int, c_int64, c_void_p]),

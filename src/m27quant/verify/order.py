@@ -29,10 +29,6 @@ Z = 6.0
 """Standard deviations: by chance one matrix in a billion."""
 SAMPLE_ROWS, SAMPLE_GROUPS = 32, 64
 
-SQUARES = np.array([0.0, 0.25, 1.0, 2.25, 4.0, 9.0, 16.0, 36.0], np.float32)
-LOW, HIGH = SQUARES[np.arange(256) & 7], SQUARES[np.arange(256) >> 4 & 7]
-"""Squares of a byte's two E2M1 values."""
-
 
 class Explained(NamedTuple):
     """Shares of the variance of block scales (of their codes, which are nearly logarithms) by rows and columns."""
@@ -82,14 +78,10 @@ def row_pairs(scale_NG: Bytes) -> npt.NDArray[np.float16]:
     return result
 
 
-def column_energy(codes_RJ: Bytes) -> npt.NDArray[np.float32]:
-    """[2, J]: sums of squared E2M1 values, low nibbles and high ones; pairs share their block scales."""
-    return np.stack((np.take(LOW, codes_RJ).sum(0), np.take(HIGH, codes_RJ).sum(0)))
-
-
-def pairs(energy_2J: npt.NDArray[np.float32]) -> Floats:
-    """[J]: how much larger the column of the low nibble is, as a logarithm."""
-    result: Floats = np.log((energy_2J[0] + 1) / (energy_2J[1] + 1))
+def pairs(energy_2J: npt.NDArray[np.uint32]) -> Floats:
+    """[J]: how much larger the column of the low nibble is, as a logarithm; they share their block scales."""
+    low_J, high_J = energy_2J.astype(np.float32) + 4
+    result: Floats = np.log(low_J / high_J)
     return result
 
 

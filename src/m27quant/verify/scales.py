@@ -18,8 +18,8 @@ from m27quant.progress import ProgressCallback, ignore
 from m27quant.verify.collect import Findings
 from m27quant.verify.plausible import check_kv_outliers, check_reciprocals
 from m27quant.verify.reading import Room, read_tensors
+from m27quant.verify.scale_order import check_scale_order
 from m27quant.verify.stream import Meter
-from m27quant.verify.suspects import check_scale_order
 from m27quant.verify.view import View
 
 W1, W2, W3 = range(3)

@@ -15,9 +15,9 @@ from m27quant.checkpoint.strict_json import read_object
 from m27quant.errors import CheckpointError, escape
 from m27quant.kernels.nvfp4_stats import CodeCounts, any_nonfinite, count_codes, zero_blocks
 from m27quant.verify.collect import Findings
+from m27quant.verify.nibbles import Nibbles
 from m27quant.verify.reading import read_tensors
 from m27quant.verify.stream import ALGORITHMS, Hash
-from m27quant.verify.suspects import Nibbles
 from m27quant.verify.view import View
 
 REPORT = "quantization_report.json"

@@ -40,6 +40,31 @@ M27_EXPORT void m27_count_codes(const uint8_t *codes, int64_t num_blocks, int64_
     count_codes(codes, num_blocks, counts);
 }
 
+/* The square of twice the E2M1 value of a magnitude. */
+M27_INLINE uint16_t square(uint8_t k) {
+    int16_t a = (int16_t)(2 * k - 4), b = (int16_t)(4 * k - 16), t = k;
+    t = a > t ? a : t;
+    t = b > t ? b : t;
+    return (uint16_t)(t * t);
+}
+
+/* low[J] and high[J]: sums of squares of twice the values of each column of bytes; at most 400 rows. */
+M27_CLONES static void column_energy(const uint8_t *restrict codes, int64_t rows, int64_t J,
+                                     uint16_t *restrict low, uint16_t *restrict high) {
+    memset(low, 0, (size_t)J * sizeof *low);
+    memset(high, 0, (size_t)J * sizeof *high);
+    for (int64_t n = 0; n < rows; n++) {
+        for (int64_t j = 0; j < J; j++) {
+            low[j] = (uint16_t)(low[j] + square(codes[n * J + j] & 7));
+            high[j] = (uint16_t)(high[j] + square(codes[n * J + j] >> 4 & 7));
+        }
+    }
+}
+
+M27_EXPORT void m27_column_energy(const uint8_t *codes, int64_t rows, int64_t J, uint16_t *low, uint16_t *high) {
+    column_energy(codes, rows, J, low, high);
+}
+
 /* Whether all exponent bits are set in one of the numbers: NaN or infinity. */
 M27_CLONES static int nonfinite16(const uint16_t *numbers, int64_t count, uint16_t exponent) {
     uint16_t found = 0;

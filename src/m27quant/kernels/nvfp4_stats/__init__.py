@@ -14,6 +14,8 @@ BLOCK_BYTES = 8
 """Sixteen codes."""
 MAGNITUDES = np.uint64(0x7777777777777777)
 ONES = np.uint64(0x1111111111111111)
+MOST_ROWS = 400
+_SQUARES = np.array([0, 1, 4, 9, 16, 36, 64, 144], np.uint16)
 _STRIP = 1 << 15  # words: the intermediates stay in the cache
 
 
@@ -61,6 +63,24 @@ def reference(codes: npt.NDArray[np.uint8]) -> tuple[int, int, int]:
 def zero_blocks(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.intp]:
     """Indices of the blocks whose codes are all zero."""
     return np.flatnonzero((codes.view("<u8") & MAGNITUDES) == 0)
+
+
+def column_energy(codes_RJ: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
+    """U16 [2, J]: sums of (2 E2M1)^2 over the rows, of low nibbles and of high ones.
+
+    Raises:
+        ValueError: not contiguous, or more than `MOST_ROWS` rows, whose sums would not fit.
+    """
+    rows, columns = codes_RJ.shape
+    if rows > MOST_ROWS or not codes_RJ.flags.c_contiguous:
+        raise ValueError(f"needs contiguous bytes in at most {MOST_ROWS} rows")
+    if choose("nvfp4_stats", "cpu").backend == "cpu-native":
+        energy_2J = np.empty((2, columns), np.uint16)
+        low, high = (row.ctypes.data for row in energy_2J)
+        native.function("m27_column_energy")(codes_RJ.ctypes.data, rows, columns, low, high)
+        return energy_2J
+    halves = (_SQUARES[codes_RJ & 7], _SQUARES[codes_RJ >> 4 & 7])
+    return np.stack([half.sum(0, dtype=np.uint16) for half in halves])
 
 
 def any_nonfinite(numbers: npt.NDArray[np.uint16] | npt.NDArray[np.uint32], exponent: int) -> bool:

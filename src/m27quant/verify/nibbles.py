@@ -1,10 +1,9 @@
-"""Matrices that look as if a converter had mistaken an order; `order` has the statistics, this asks them.
+"""Nibbles that look swapped, seen without the source: `order` has the statistics, this asks them.
 
-* Block scales swizzled: seen in the scales alone, matrix by matrix.
-* Nibbles swapped in w2: neuron j is row j of w3 and column j of w2.  Scaling one and shrinking the other changes
+* In w2: neuron j is row j of w3 and column j of w2.  Scaling one and shrinking the other changes
   nothing, so training leaves both large or both small; where even and odd columns are exchanged, the differences of
   neighbours are opposed.  Not asked after AWQ, which scales one against the other on purpose.
-* Nibbles swapped in one w1 or w3: against the columns of all others of the layer, which read the same input.
+* In one w1 or w3: against the columns of all others of the layer, which read the same input.
 
 Shapes: J pairs of columns.
 """
@@ -18,26 +17,12 @@ import numpy as np
 
 from m27quant.checkpoint.header import TensorInfo
 from m27quant.errors import escape
+from m27quant.kernels.nvfp4_stats import column_energy
 from m27quant.verify import order
 from m27quant.verify.collect import Findings, place
 from m27quant.verify.view import View
 
 _SWAPPED = "nibbles look swapped"
-
-
-def check_scale_order(view: View, info: TensorInfo, scale_NG: order.Bytes, found: Findings) -> None:
-    """Look at one matrix's block scales; w3's rows are kept for `Nibbles`."""
-    share = order.explained(scale_NG)
-    if share is not None and share.looks_swizzled:
-        found.add(
-            "M27-S020",
-            f"'{escape(info.name)}': rows and columns explain {share.stored:.1%} of the block scales as they are, "
-            f"{share.unswizzled:.1%} with a swizzle undone",
-            tensor=info.name, found=f"{share.stored:.1%}", expected=f"at least {share.unswizzled:.1%}",
-            badness=share.unswizzled - share.stored,
-        )  # fmt: skip
-    if info.name.endswith(".w3.weight_scale"):
-        view.row_pairs[info.name.removesuffix(".w3.weight_scale")] = order.row_pairs(scale_NG)
 
 
 class Nibbles:
@@ -59,7 +44,7 @@ class Nibbles:
         rows = min(order.SAMPLE_ROWS, info.shape[0])
         if layer is None or expert is None or codes.size < rows * info.shape[1]:
             return
-        energy_2J = order.column_energy(codes[: rows * info.shape[1]].reshape(rows, -1))
+        energy_2J = column_energy(codes[: rows * info.shape[1]].reshape(rows, -1)).astype(np.uint32)
         if role != "experts.w2.weight":
             with self._lock:
                 self._inputs[layer][info.name] = energy_2J
