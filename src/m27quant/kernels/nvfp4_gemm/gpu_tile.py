@@ -31,58 +31,57 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 UNSCALE = tl.constexpr(128.0)
 """2**7: codes carry 2**-126 and scales 2**119."""
 
-# Four bytes of codes ($4) and a pair of scale bytes ($5) to eight BF16 products, 18 instructions.  The first two
-# results are the columns of g = 0, the others those of g = 1.  mul.bf16x2 needs sm_90; fma with -0 is as exact.
+# A word of codes ($8) and a pair of scale bytes ($9) to eight BF16 products, 18 instructions and no more: the
+# results are named, not moved.  g = 0: $0 to $3, g = 1: $4 to $7.  mul.bf16x2 needs sm_90; fma with -0 is as exact.
+# One word for each call (pack=1): with more, Triton would take neighbours in a thread for neighbours in the row.
 _UNPACK = tl.constexpr(
     """{
     .reg .b32 a, b, c, d, e, s, t, z;
-    and.b32 a, $4, 0x81C081C0;
-    shf.r.wrap.b32 b, $4, $4, 6;  and.b32 b, b, 0x81C081C0;
-    shl.b32 c, $4, 6;             and.b32 c, c, 0x81C081C0;
-    shl.b32 d, $4, 4;             and.b32 d, d, 0x81808180;
-    shr.u32 e, $4, 4;             lop3.b32 d, e, 0x00400040, d, 0xEA;
-    prmt.b32 s, $5, 0, 0x4040;    mad.lo.u32 s, s, 16, 0x70007000;
-    prmt.b32 t, $5, 0, 0x4141;    mad.lo.u32 t, t, 16, 0x70007000;
+    and.b32 a, $8, 0x81C081C0;
+    shf.r.wrap.b32 b, $8, $8, 6;  and.b32 b, b, 0x81C081C0;
+    shl.b32 c, $8, 6;             and.b32 c, c, 0x81C081C0;
+    shl.b32 d, $8, 4;             and.b32 d, d, 0x81808180;
+    shr.u32 e, $8, 4;             lop3.b32 d, e, 0x00400040, d, 0xEA;
+    prmt.b32 s, $9, 0, 0x4040;    mad.lo.u32 s, s, 16, 0x70007000;
+    prmt.b32 t, $9, 0, 0x4141;    mad.lo.u32 t, t, 16, 0x70007000;
     mov.b32 z, 0x80008000;
-    fma.rn.bf16x2 $0, a, s, z;    fma.rn.bf16x2 $1, b, s, z;
-    fma.rn.bf16x2 $2, c, t, z;    fma.rn.bf16x2 $3, d, t, z;
+    fma.rn.bf16x2 a, a, s, z;     mov.b32 {$0, $1}, a;
+    fma.rn.bf16x2 b, b, s, z;     mov.b32 {$2, $3}, b;
+    fma.rn.bf16x2 c, c, t, z;     mov.b32 {$4, $5}, c;
+    fma.rn.bf16x2 d, d, t, z;     mov.b32 {$6, $7}, d;
     }"""
 )
 
 
 @triton.jit
 def _unpacked(b_w, b_s, BN: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr):
-    """Weights [BN, BK], E2M1 * scale * 2**-7, of bytes [BN, BK / 2] and scale pairs int32 [BN, C]."""
+    """Weights [BN, BK], E2M1 * scale * 2**-7, of words int32 [BN, BK / 8] and scale pairs int32 [BN, C]."""
     C: tl.constexpr = BK // 32
+    b_w, b_s = b_w.reshape(BN, C, 4), tl.broadcast_to(b_s[:, :, None], (BN, C, 4))
     if INTERPRET:
-        b_byte = b_w.to(tl.uint32).reshape(BN, C, 4, 4)
-        b_word = tl.sum(b_byte << (tl.arange(0, 4) * 8)[None, None, None, :].to(tl.uint32), axis=3).to(
-            tl.uint32
+        b_w = b_w.to(tl.uint32, bitcast=True)
+        b_p3 = ((b_w << 4) & 0x81808180) | ((b_w >> 4) & 0x00400040)
+        b_g0 = tl.join(b_w & 0x81C081C0, ((b_w >> 6) | (b_w << 26)) & 0x81C081C0)  # [BN, C, t, h]
+        b_g1 = tl.join((b_w << 6) & 0x81C081C0, b_p3)
+        b_s0, b_s1 = (b_s & 0xFF) << 20 | 0x70000000, (b_s & 0xFF00) << 12 | 0x70000000
+        b_g0 = tl.join(b_g0 << 16, b_g0 & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
+        b_g1 = tl.join(b_g1 << 16, b_g1 & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
+        b_g0 *= b_s0.to(tl.float32, bitcast=True)[:, :, :, None, None]  # [BN, C, t, h, lane]
+        b_g1 *= b_s1.to(tl.float32, bitcast=True)[:, :, :, None, None]
+        b_v = tl.join(b_g0, b_g1)
+    else:
+        b_0, b_1, b_2, b_3, b_4, b_5, b_6, b_7 = tl.inline_asm_elementwise(
+            _UNPACK,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+            args=[b_w, b_s],
+            dtype=(tl.bfloat16,) * 8,
+            is_pure=True,
+            pack=1,
         )
-        b_1 = (b_word >> 6) | (b_word << 26)
-        b_3 = ((b_word << 4) & 0x81808180) | ((b_word >> 4) & 0x00400040)
-        b_g0 = tl.join(b_word & 0x81C081C0, b_1 & 0x81C081C0)
-        b_g1 = tl.join((b_word << 6) & 0x81C081C0, b_3)
-        b_gh = tl.join(b_g0, b_g1)  # [BN, C, t, h, g]
-        b_v = tl.join(b_gh << 16, b_gh & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
-        b_v = b_v.trans(0, 1, 4, 3, 2, 5)  # [BN, C, g, h, t, lane]
-        b_u = tl.join(b_s & 0xFF, (b_s >> 8) & 0xFF)  # [BN, C, g]
-        b_scale = ((b_u << 20) | 0x70000000).to(tl.float32, bitcast=True)
-        return b_v.reshape(BN, BK) * b_scale.reshape(BN, BK // 16, 1).broadcast_to(BN, BK // 16, 16).reshape(
-            BN, BK
-        )
-    # One assembly call per four bytes, which have to be one register: tests read that in the layout.
-    b_pairs = tl.broadcast_to(b_s[:, :, None, None], (BN, C, 4, 4))
-    b_g0, b_g1 = tl.inline_asm_elementwise(
-        _UNPACK,
-        "=r,=r,=r,=r,r,r,r,r,r",
-        args=[b_w.reshape(BN, C, 4, 4), b_pairs],
-        dtype=(tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=4,
-    )
-    b_v = tl.join(b_g0.reshape(BN, C, 4, 2, 2), b_g1.reshape(BN, C, 4, 2, 2))  # [BN, C, t, h, lane, g]
-    return b_v.trans(0, 1, 5, 3, 2, 4).reshape(BN, BK)
+        b_g0 = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))  # [BN, C, t, h, lane]
+        b_g1 = tl.join(tl.join(b_4, b_6), tl.join(b_5, b_7))
+        b_v = tl.join(b_g0, b_g1)
+    return b_v.trans(0, 1, 5, 3, 2, 4).reshape(BN, BK)  # [BN, C, g, h, t, lane]
 
 
 @triton.jit
@@ -95,9 +94,9 @@ def product_bf16(
     `x` BF16 as int16 or F32, token t at `o_x[t]`, 0 where not `m_t`; `w`, `s` one twiddled matrix of which rows
     `o_n` are taken; `EVEN`: BK divides K.
     """
-    o_k, o_b, o_c = tl.arange(0, BK), tl.arange(0, BK // 2), tl.arange(0, BK // 32)
+    o_k, o_w, o_c = tl.arange(0, BK), tl.arange(0, BK // 8), tl.arange(0, BK // 32)
     p_x = x + o_x[None, :] + o_k[:, None]
-    p_w = w + o_n[:, None] * stride_w + o_b[None, :]
+    p_w = w + o_n[:, None] * stride_w + o_w[None, :]
     p_s = s + o_n[:, None] * stride_s + o_c[None, :]
     b_acc = tl.zeros((BN, BT), tl.float32)
     for k in range(0, K, BK):
@@ -107,7 +106,7 @@ def product_bf16(
             b_s = tl.load(p_s)
         else:
             b_x = tl.load(p_x, mask=m_t[None, :] & (k + o_k < K)[:, None], other=0)
-            b_w = tl.load(p_w, mask=(k // 2 + o_b < stride_w)[None, :], other=0)
+            b_w = tl.load(p_w, mask=(k // 8 + o_w < stride_w)[None, :], other=0)
             b_s = tl.load(p_s, mask=(k // 32 + o_c < stride_s)[None, :], other=0)
         b_v = _unpacked(b_w, b_s.to(tl.int32), BN, BK, INTERPRET)
         if INTERPRET:
@@ -124,7 +123,7 @@ def product_bf16(
         else:
             b_acc = tl.dot(b_v, b_x.to(tl.bfloat16, bitcast=True), b_acc)
         p_x += BK
-        p_w += BK // 2
+        p_w += BK // 8
         p_s += BK // 32
     return b_acc
 

@@ -35,7 +35,7 @@ _PLACES = ((15, 8, 7, 6), (21, 14, 13, 12), (9, 2, 1, 0), (11, 4, 3, 10))
 
 
 def twiddle(codes_NK2: Tensor, scale_NG: Tensor) -> tuple[Tensor, Tensor]:
-    """Words as U8 [.., N, C * 16] and pairs of scale bytes as int16 [.., N, C].
+    """Words int32 [.., N, C * 4] and pairs of scale bytes as int16 [.., N, C].
 
     Of codes U8 [.., N, K/2], the even column in the low half, and block scales E4M3 [.., N, K/16].
     """
@@ -49,9 +49,9 @@ def twiddle(codes_NK2: Tensor, scale_NG: Tensor) -> tuple[Tensor, Tensor]:
     return _words(codes_NG16.flatten(-2)), _e5m3(scale_NG).view(torch.int16)
 
 
-def untwiddle(words_NC16: Tensor, scales_NC: Tensor, K: int) -> tuple[Tensor, Tensor]:
+def untwiddle(words_NC4: Tensor, scales_NC: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """The inverse: U8 [.., N, K/2] and F32 [.., N, K/16], the absolute values of the block scales (1 for 0)."""
-    word = _split(words_NC16.contiguous().view(torch.int32), 4)  # [.., C, t]
+    word = _split(words_NC4, 4)  # [.., C, t]
     columns = [_take(word, places, lane) for places in _PLACES for lane in (0, 1)]
     codes = _split(torch.stack(columns, -1), 2, 2, 2).squeeze(-4)  # [.., C, t, g, h, lane]
     codes_NK = codes.movedim(-4, -2).flatten(-5)[..., :K].to(torch.uint8)
@@ -61,9 +61,9 @@ def untwiddle(words_NC16: Tensor, scales_NC: Tensor, K: int) -> tuple[Tensor, Te
     return codes_NK[..., 0::2] | codes_NK[..., 1::2] << 4, scale_NG
 
 
-def unpack(words_NC16: Tensor, scales_NC: Tensor, weight_scale_2: Tensor, K: int) -> Tensor:
+def unpack(words_NC4: Tensor, scales_NC: Tensor, weight_scale_2: Tensor, K: int) -> Tensor:
     """The F32 [N, K] values of one twiddled matrix."""
-    return nvfp4_pack.unpack(*untwiddle(words_NC16, scales_NC, K), weight_scale_2)
+    return nvfp4_pack.unpack(*untwiddle(words_NC4, scales_NC, K), weight_scale_2)
 
 
 def interleave(gate: Tensor, up: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ def _words(codes_NK: Tensor) -> Tensor:
             code = codes[..., pair // 2, pair % 2, :, lane]
             for bit, place in zip((3, 2, 1, 0), places, strict=True):
                 word |= (code >> bit & 1) << (place + 16 * lane) % 32
-    return word.view(torch.uint8).flatten(-2)
+    return word.flatten(-2)
 
 
 def _take(word: Tensor, places: tuple[int, ...], lane: int) -> Tensor:

@@ -49,8 +49,8 @@ def empty(count: int, D: int, I: int, activations: str, device: torch.device) ->
         scales, dtype = (N, chunks), torch.int16
         if fp4:
             scales, dtype = (-(-N // 128), -(-K // 64), 32, 4, 4), torch.float8_e4m3fn  # type: ignore[assignment]
-        width = K // 2 if fp4 else chunks * repack.CHUNK // 2
-        tensors.append(torch.empty((count, N, width), dtype=torch.uint8, device=device))
+        width, kind = (K // 2, torch.uint8) if fp4 else (chunks * 4, torch.int32)
+        tensors.append(torch.empty((count, N, width), dtype=kind, device=device))
         tensors.append(torch.empty((count, *scales), dtype=dtype, device=device))
     tensors.append(torch.empty(count, 3, device=device))
     tensors += [torch.ones(count, device=device), torch.ones(count, device=device)]
