@@ -49,8 +49,8 @@ def write_kv_kernel(
     t = tl.program_id(0)
     slot = tl.load(slots + t)
     o_j, o_c = tl.arange(0, BJ)[:, None], tl.arange(0, BC)[None, :]
-    m = (o_j < J) & (o_c < C) & (slot >= 0)
     o_cache = slot * J * C + o_j * C + o_c
+    m = (o_j < J) & (o_c < C) & (o_cache >= 0)  # below 0 for slot -1
     b_k = tl.load(k + t.to(tl.int64) * k_stride_t + o_j * k_stride_j + o_c, mask=m, other=0)
     b_v = tl.load(v + t.to(tl.int64) * v_stride_t + o_j * v_stride_j + o_c, mask=m, other=0)
     if not COPY:
