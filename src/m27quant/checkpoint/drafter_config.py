@@ -27,6 +27,17 @@ VARIANTS = {
     "mtp": "multi-token prediction",
 }
 """What an architecture's or kind's name holds -> the relative that it is."""
+LAYER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3": {
+        "hidden_size": 4096, "intermediate_size": 22016, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 32, "head_dim": 128, "vocab_size": 151936, "rms_norm_eps": 1e-6,
+    },
+    "llama": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "vocab_size": 32000, "rms_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+"""transformers' defaults of what is stored in `transformer_layer_config`."""
 DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 
 
@@ -89,8 +100,8 @@ def parse_drafter(raw: dict[str, Any], found: Faults) -> DrafterConfig | None:
         what = f"architectures {escape(raw.get('architectures'))}, model_type {escape(raw.get('model_type'))}"
         found.add("M27-R002", f"drafter: neither DFlash nor EAGLE3 ({what})", found=raw.get("architectures"))
         return None
-    speculators = "speculators_model_type" in raw
-    sizes = table(raw, "transformer_layer_config") if speculators else raw
+    layout = "speculators" if "speculators_model_type" in raw else "flat"
+    sizes = layer_table(raw)
     numbers = {}
     for key in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"):
         numbers[key] = _size(sizes, key, found)
@@ -108,7 +119,16 @@ def parse_drafter(raw: dict[str, Any], found: Faults) -> DrafterConfig | None:
     if kind == "eagle3" and numbers["num_hidden_layers"] != 1:
         found.add("M27-R003", f"drafter: EAGLE3 of {numbers['num_hidden_layers']} layers is not supported")
         return None
-    return DrafterConfig(kind=kind, layout="speculators" if speculators else "flat", raw=raw, **numbers)
+    return DrafterConfig(kind=kind, layout=layout, raw=raw, **numbers)
+
+
+def layer_table(raw: dict[str, Any]) -> dict[str, Any]:
+    """The object that holds the layers' sizes; speculators' own leaves out what transformers has as default."""
+    if "speculators_model_type" not in raw:
+        return raw
+    stated = table(raw, "transformer_layer_config")
+    model_type = stated.get("model_type")
+    return (LAYER_DEFAULTS.get(model_type, {}) if isinstance(model_type, str) else {}) | stated
 
 
 def _divided(number: int, by: int) -> int | None:

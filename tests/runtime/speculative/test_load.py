@@ -260,6 +260,35 @@ def test_a_borrowed_head_needs_the_full_vocabulary(tmp_path: Path) -> None:
         load(tmp_path / "dflash", (config, tensors))
 
 
+def test_tied_embeddings(tmp_path: Path) -> None:
+    """DFlash always has the target's head; an EAGLE3 head that is tied reads its embedding."""
+    loaded = load(tmp_path / "dflash", m.dflash(tie_word_embeddings=True))
+    assert torch.equal(loaded.drafter.weights.shared.head, HEAD)
+    loaded = load(tmp_path / "eagle3", m.eagle3(draft_vocab=None, tie_word_embeddings=True))
+    assert torch.equal(loaded.drafter.weights.shared.head, EMBED)
+
+
+def test_an_identity_d2t_beside_a_borrowed_head_of_a_padded_vocabulary(tmp_path: Path) -> None:
+    config, tensors = m.eagle3(draft_vocab=None, vocab_size=90, draft_vocab_size=90)
+    tensors["d2t"] = torch.zeros(90, dtype=torch.int64)
+    shared = load(tmp_path, (config, tensors)).drafter.weights.shared
+    assert shared.head.shape == (90, m.D)
+    assert shared.draft_to_target is not None
+    assert shared.draft_to_target.tolist() == list(range(90))
+
+
+def test_speculators_leaves_out_what_transformers_has_as_default(tmp_path: Path) -> None:
+    """Qwen3's head_dim of 128 is not in the file; the hidden size divided by heads would be 6."""
+    config, tensors = m.dflash_speculators()
+    layer = config["transformer_layer_config"]
+    layer["model_type"] = "qwen3"
+    del layer["head_dim"]
+    with pytest.raises(
+        CheckpointError, match=r"k_norm.weight' has shape \[8\], expected: \[128\]|expected: \[512, 24\]"
+    ):
+        load(tmp_path, (config, tensors))
+
+
 def test_pickles_and_folders(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         load_drafter(tmp_path / "none", m.TARGET, EMBED, HEAD)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from m27quant.checkpoint.drafter_config import DrafterConfig, table
+from m27quant.checkpoint.drafter_config import DrafterConfig, layer_table, table
 from m27quant.errors import CheckpointError, escape
 from m27quant.runtime.speculative.rope import Rope, read_rope
 
@@ -68,18 +68,13 @@ class Eagle3Settings:
     logit_scale: float
 
 
-def layer_sizes(c: DrafterConfig) -> dict[str, Any]:
-    """The object of config.json that holds the layers' sizes."""
-    return table(c.raw, "transformer_layer_config") if c.layout == "speculators" else c.raw
-
-
 def read_sizes(c: DrafterConfig, rope_theta: float | None) -> Sizes:
     """Sizes and rotation.
 
     Raises:
         CheckpointError: what is not supported, or numbers that do not fit each other.
     """
-    raw = layer_sizes(c)
+    raw = layer_table(c.raw)
     allowed: dict[str, tuple[Any, ...]] = {
         "hidden_act": (None, "silu"),
         "attention_bias": (None, False),
@@ -124,7 +119,7 @@ def read_dflash(c: DrafterConfig, vocab_size: int, rope_theta: float | None = No
 
 def _layer_attention(c: DrafterConfig, layer: int) -> LayerAttention:
     """Window and causality of one layer, by the rules of vLLM for flat configs, of speculators for its own."""
-    raw, section = layer_sizes(c), c.section()
+    raw, section = layer_table(c.raw), c.section()
     types = raw.get("layer_types")
     if types is not None:
         known = isinstance(types, list) and all(t in (SLIDING, FULL) for t in types)
@@ -156,7 +151,7 @@ def read_eagle3(
     the normed hidden state, which it always does; elsewhere it says that the next draft step does too.
     """
     raw, section = c.raw, table(c.raw, "eagle_config")
-    if SLIDING in (layer_sizes(c).get("layer_types") or ()):
+    if SLIDING in (layer_table(c.raw).get("layer_types") or ()):
         _refuse("layer_types", SLIDING, FULL)
     has = {
         "input_norm": "input_norm.weight" in tensors,

@@ -109,14 +109,16 @@ def shared_weights(
         embed = torch.cat((embed, embed.new_zeros(target.vocab_size - len(embed), embed.shape[1])))
     if "lm_head.weight" in w:
         head = w["lm_head.weight"]
-    elif reduced or c.hidden_size != target.hidden_size or c.raw.get("tie_word_embeddings") is True:
+    elif c.kind == "eagle3" and not reduced and c.raw.get("tie_word_embeddings") is True:
+        head = embed
+    elif reduced or c.hidden_size != target.hidden_size:
         raise CheckpointError(
             f"drafter: lm_head.weight is missing; the target's head has {target.vocab_size} tokens of "
             f"{target.hidden_size}, the drafter needs {c.draft_vocab_size} of {c.hidden_size}",
             hint="export the drafter with its head",
         )
     else:
-        head = head_VD.to(w.device, w.dtype)
+        head = head_VD[: c.draft_vocab_size].to(w.device, w.dtype)
     if not reduced and "d2t" not in w:
         return Shared(embed, head, None)
     if "d2t" not in w:
