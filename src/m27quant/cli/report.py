@@ -92,10 +92,8 @@ def report(
         forget(output_file)
     asked = Request(
         checkpoint=checkpoint, full=full, source=source, logits=logits,
-        logits_options=given(
-            text=text, num_samples=num_samples, seq_len=seq_len, activations=activations,
-            kv_cache_dtype=kv_cache_dtype, device=device,
-        ),
+        logits_options=given(text=text, num_samples=num_samples, seq_len=seq_len),
+        computing=given(activations=activations, kv_cache_dtype=kv_cache_dtype, device=device),
         engine=engine, gpu=gpu, tp=tp, ep=ep, context=context, drafter=drafter,
         select=tuple(select or ()), ignore=tuple(ignore or ()),
         revision=revision, offline=offline, token=token, no_progress=no_progress,

@@ -29,6 +29,9 @@ def verify(
     text: ask.TextFile = None,
     num_samples: ask.NumSamples = None,
     seq_len: ask.SeqLen = None,
+    outputs: ask.Outputs = False,
+    prompts: ask.Prompts = None,
+    max_tokens: ask.MaxTokens = None,
     activations: ask.ActivationsOption = None,
     kv_cache_dtype: ask.KvCacheOption = None,
     device: ask.DeviceOption = None,
@@ -66,6 +69,8 @@ def verify(
 
       m27quant verify ./m27-nvfp4 --logits --source MiniMaxAI/MiniMax-M2.7 --text book.txt
 
+      m27quant verify ./m27-nvfp4 --outputs --source MiniMaxAI/MiniMax-M2.7 --drafter ./m27-dflash
+
       m27quant verify ./m27-nvfp4 --quick --engine vllm --output-format github
 
       m27quant verify ./m27-nvfp4 --quick --engine vllm --gpu b200 --tp 2 --context 196608
@@ -76,10 +81,9 @@ def verify(
     output = Output.open(json=kind == "json", quiet=quiet, verbose=verbose)
     asked = Request(
         checkpoint=checkpoint, quick=quick, full=full, source=source, logits=logits,
-        logits_options=given(
-            text=text, num_samples=num_samples, seq_len=seq_len, activations=activations,
-            kv_cache_dtype=kv_cache_dtype, device=device,
-        ),
+        logits_options=given(text=text, num_samples=num_samples, seq_len=seq_len),
+        outputs=outputs, outputs_options=given(prompts=prompts, max_tokens=max_tokens),
+        computing=given(activations=activations, kv_cache_dtype=kv_cache_dtype, device=device),
         engine=engine, gpu=gpu, tp=tp, ep=ep, context=context, drafter=drafter,
         select=tuple(select or ()), ignore=tuple(ignore or ()),
         revision=revision, offline=offline, token=token, no_progress=no_progress,

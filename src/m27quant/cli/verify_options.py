@@ -12,6 +12,7 @@ from m27quant.cli import options as shared
 
 FINDINGS = "Findings"
 LOGITS = "Logits"
+OUTPUTS = "Outputs"
 SERVING = "Serving"
 FORMATS = ("human", "json", "junit", "sarif", "github", "gitlab")
 ENGINES = ("vllm", "sglang")
@@ -45,7 +46,7 @@ SourceOption = Annotated[
         "--source",
         metavar="MODEL",
         help="The model that was quantized, a folder or a Hub id: --full compares every tensor with it, "
-        "--logits what both answer.",
+        "--logits what both answer, --outputs what both write.",
         show_default=False,
     ),
 ]
@@ -84,6 +85,31 @@ SeqLen = Annotated[
         show_default=False,
     ),
 ]
+Outputs = Annotated[
+    bool,
+    typer.Option(
+        "--outputs",
+        help="Run the checkpoint here: experts on this device, texts, and --drafter; needs it in memory.",
+        rich_help_panel=OUTPUTS,
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="JSON lines for --outputs, as `run --input` takes them, in place of the built-in prompts.",
+        rich_help_panel=OUTPUTS,
+        show_default=False,
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens", min=1, help="Tokens of each answer.  [default: 128]", rich_help_panel=OUTPUTS,
+        show_default=False,
+    ),
+]  # fmt: skip
 ActivationsOption = Annotated[
     str | None,
     typer.Option(
@@ -113,7 +139,7 @@ DeviceOption = Annotated[
         "--device",
         metavar="DEVICE",
         parser=shared.as_parser(shared.parse_device),
-        help="Of --logits: auto, cpu, cuda or cuda:INDEX.  [default: auto]",
+        help="Of --logits and --outputs: auto, cpu, cuda or cuda:INDEX.  [default: auto]",
         rich_help_panel=LOGITS,
         show_default=False,
     ),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from m27quant.verify.findings import VerifyResult
     from m27quant.verify.full import SourceModel
     from m27quant.verify.logits import LogitsOptions
+    from m27quant.verify.outputs import OutputsOptions
     from m27quant.verify.run import Level
 
 
@@ -31,7 +32,12 @@ class Request:
     source: str | None = None
     logits: bool = False
     logits_options: Mapping[str, Any] = field(default_factory=dict)
-    """Those of LogitsOptions that were given."""
+    """Those of LogitsOptions alone that were given."""
+    outputs: bool = False
+    outputs_options: Mapping[str, Any] = field(default_factory=dict)
+    """Those of OutputsOptions alone that were given."""
+    computing: Mapping[str, Any] = field(default_factory=dict)
+    """Those of both: activations, kv_cache_dtype, device."""
     engine: str | None = None
     gpu: str | None = None
     tp: int | None = None
@@ -69,13 +75,24 @@ def check_request(asked: Request) -> None:
     """
     if asked.quick and asked.full:
         raise UsageError("--quick and --full exclude each other")
-    if not asked.logits and asked.logits_options:
-        option = next(iter(asked.logits_options)).replace("_", "-")
-        raise UsageError(f"--{option} is of --logits, which is not given")
+    for wanted, options, of in (
+        (asked.logits, asked.logits_options, "--logits"),
+        (asked.outputs, asked.outputs_options, "--outputs"),
+        (asked.logits or asked.outputs, asked.computing, "--logits and --outputs"),
+    ):
+        if options and not wanted:
+            option = next(iter(options)).replace("_", "-")
+            raise UsageError(f"--{option} is of {of}, which is not given")
+    if asked.quick and asked.outputs:
+        raise UsageError(
+            "--quick reads headers only, --outputs runs the checkpoint", hint="leave --quick out"
+        )
     if asked.logits and (asked.source is None or "text" not in asked.logits_options):
         raise UsageError("--logits needs a model and a text", hint="add --source MODEL --text FILE")
-    if asked.source is not None and not asked.full and not asked.logits:
-        raise UsageError("--source is compared with all weights", hint="add --full, or --logits")
+    if asked.source is not None and not (asked.full or asked.logits or asked.outputs):
+        raise UsageError(
+            "--source is compared with all weights", hint="add --full, or --logits, or --outputs"
+        )
 
 
 def run(output: Output, asked: Request) -> tuple[Location, VerifyResult]:
@@ -110,6 +127,7 @@ def run(output: Output, asked: Request) -> tuple[Location, VerifyResult]:
             serving=Serving(gpu=asked.gpu, tp=asked.tp, ep=asked.ep, context=asked.context),
             drafter=asked.drafter,
             logits=_logits(asked) if asked.logits else None,
+            outputs=_outputs(asked) if asked.outputs else None,
         )
     if not result.checks_run:
         raise UsageError(
@@ -130,7 +148,13 @@ def without_accepted(result: VerifyResult, baseline: Path) -> tuple[VerifyResult
 def _logits(asked: Request) -> LogitsOptions:
     from m27quant.verify.logits import LogitsOptions
 
-    return LogitsOptions(**asked.logits_options)
+    return LogitsOptions(**asked.computing, **asked.logits_options)
+
+
+def _outputs(asked: Request) -> OutputsOptions:
+    from m27quant.verify.outputs import OutputsOptions
+
+    return OutputsOptions(**asked.computing, **asked.outputs_options)
 
 
 def _source(asked: Request) -> SourceModel | None:

@@ -7,12 +7,13 @@ from typing import Any
 
 from rich.text import Text
 
+from m27quant.report.outputs import outputs_rows
 from m27quant.report.text import line, size
 
 Facts = Mapping[str, Any]
 Row = tuple[str, str]
 
-BLOCKS = ("weights", "source", "drafter", "logits")
+BLOCKS = ("weights", "source", "drafter", "logits", "outputs")
 """Facts that are several lines of their own."""
 SERVING = "serving_"
 NAMES = {"gpu": "GPU", "moe": "MoE", "sqnr": "SQNR", "db": "dB", "id": "ID"}
@@ -31,12 +32,17 @@ def blocks(facts: Facts) -> Text:
     text = Text()
     for key, value in facts.items():
         if key in BLOCKS and isinstance(value, Mapping) and value:
-            lines = _logits(value) if key == "logits" else columns(measured_rows(value), "  ")
-            text.append_text(_headed(key, lines))
+            text.append_text(_headed(key, _lines(key, value)))
     head, rows = serving_table(facts)
     if rows:
         text.append_text(_headed("serving", _grid(head, rows)))
     return text
+
+
+def _lines(key: str, value: Facts) -> Text:
+    if key == "logits":
+        return _logits(value)
+    return columns(outputs_rows(value) if key == "outputs" else measured_rows(value), "  ")
 
 
 def columns(rows: Iterable[Row], indent: str = "") -> Text:

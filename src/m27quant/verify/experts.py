@@ -5,16 +5,18 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 
 from m27quant.checkpoint import names
 from m27quant.checkpoint.header import TensorInfo
 from m27quant.checkpoint.source import Source
-from m27quant.kernels import fp8_dequant, nvfp4_pack
+from m27quant.kernels import fp8_dequant, native, nvfp4_pack
 from m27quant.kernels.nvfp4_pack.reference import global_scale
 from m27quant.pack import Naming, Stored
 from m27quant.verify.difference import Matrix, Outcome, diagnose, proven
+from m27quant.verify.stream import usable_cores
 from m27quant.verify.view import View
 
 PARTS = ("weight", "weight_scale", "weight_scale_2")
@@ -104,9 +106,14 @@ class ExpertComparison:
     def __init__(self, view: View, source: Source) -> None:
         self._view, self._source = view, source
         self._thread = threading.local()
+        self._every_core_busy = len(view.shard_sizes) >= usable_cores()
 
-    def compare(self, at: Place, tensors: dict[str, bytearray]) -> Iterator[Outcome]:
+    def compare(self, at: Place, tensors: dict[str, bytearray]) -> list[Outcome]:
         """All three matrices of one expert, whose nine tensors are given as bytes."""
+        with native.one_thread() if self._every_core_busy else nullcontext():
+            return list(self._compare(at, tensors))
+
+    def _compare(self, at: Place, tensors: dict[str, bytearray]) -> Iterator[Outcome]:
         exact, amax = {}, {}
         for p in names.EXPERT_PROJECTIONS:
             m = self._matrix(at, p, tensors)
