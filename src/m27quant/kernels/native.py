@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from itertools import pairwise
@@ -23,6 +25,8 @@ ABI = 3
 """`M27_ABI` of `_native/core.h`: a core built from other sources than these is not used."""
 
 FOLDER = Path(__file__).parent / "_native"
+
+_thread = threading.local()
 
 _BYTES_PER_THREAD = 1 << 17  # waking a thread costs as much as 100 KB of work
 
@@ -65,7 +69,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "m27_attention": (
         c_int,
         [
-            *(c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int, *[c_void_p] * 5, *[c_int64] * 6),
+            *(c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int, *[c_void_p] * 5, *[c_int64] * 7),
             *(c_float, c_float, c_int64, c_int64, c_void_p, c_int, *_ROWS),
         ],
     ),
@@ -125,7 +129,8 @@ def over_rows(call: Callable[[int, int], _T], num_rows: int, step: int, row_byte
     go of the interpreter lock during a call.
     """
     steps = -(-num_rows // step)
-    parts = max(min(torch.get_num_threads(), steps, num_rows * row_bytes // _BYTES_PER_THREAD + 1), 1)
+    threads = 1 if getattr(_thread, "alone", False) else torch.get_num_threads()
+    parts = max(min(threads, steps, num_rows * row_bytes // _BYTES_PER_THREAD + 1), 1)
     cuts = [min(steps * part // parts * step, num_rows) for part in range(parts + 1)]
     if parts == 1:
         return [call(0, num_rows)]
@@ -153,6 +158,17 @@ def together(call: Callable[[], object], num_bytes: int) -> None:
         call()
     finally:
         wait([future for future in futures if not future.cancel()])  # one that has not begun is not needed
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Calls of this thread stay in it: its caller has as many threads at work as there are cores."""
+    before = getattr(_thread, "alone", False)
+    _thread.alone = True
+    try:
+        yield
+    finally:
+        _thread.alone = before
 
 
 def _absent(reason: str) -> Library:

@@ -31,14 +31,15 @@ typedef struct {
     const uint8_t *k_cache, *v_cache;
     const int32_t *table, *sequence, *context;
     const int64_t *tail, *starts; /* group g has the rows from starts[g] to starts[g + 1] */
-    int64_t H, J, C, B, X, block_size;
+    int64_t H, J, C, B, X, block_size, heads; /* heads: most of a unit */
     float score_scale, v_scale;
 } Attention;
 
-/* One group of rows and one key/value head at work. */
+/* One group of rows and some neighbouring key/value heads at work. */
 typedef struct {
-    int64_t first, rows, head, G, width; /* width: C rounded up to whole vectors */
-    float *q, *part, *total, *k, *v;     /* [rows * G] queries and states, [CHUNK] keys and values */
+    int64_t first, rows, head, heads, G, width; /* width: C rounded up to whole stretches */
+    int64_t queries;                            /* rows * heads * G, in this order */
+    float *q, *part, *total, *k, *v;            /* queries and their states, [CHUNK] keys and values of a head */
     int64_t slots[2][CHUNK];
 } Unit;
 
@@ -151,9 +152,10 @@ M27_INLINE void chunk_tile(const Attention *p, const Unit *u, int64_t query, int
         for (int i = 0; i < NQ; i++) merge(u->part + (query + i) * stride, fresh[i], width);
 }
 
-/* All queries of row r of the unit over the n keys that lie in the scratch. */
-M27_CLONES static void chunk_row(const Attention *p, const Unit *u, int64_t r, int64_t n, int first_of_span) {
-    int64_t query = r * u->G, end = query + u->G;
+/* All queries of row r and head h of the unit over the n keys that lie in the scratch. */
+M27_CLONES static void chunk_row(const Attention *p, const Unit *u, int64_t r, int64_t h, int64_t n,
+                                 int first_of_span) {
+    int64_t query = (r * u->heads + h) * u->G, end = query + u->G;
     for (; query + 4 <= end; query += 4) chunk_tile(p, u, query, n, first_of_span, 4);
     for (; query + 2 <= end; query += 2) chunk_tile(p, u, query, n, first_of_span, 2);
     for (; query < end; query++) chunk_tile(p, u, query, n, first_of_span, 1);
@@ -174,22 +176,32 @@ M27_INLINE void find(const Attention *p, int64_t t, int64_t key, int64_t n, int6
                                  : p->tail[t * p->X + key - context];
 }
 
-/* Keys and values of some slots to the scratch, the next ones on their way to the cache. */
-M27_CLONES static void fetch(const Attention *p, const Unit *u, const int64_t *slots, int64_t n, const int64_t *next,
-                      int64_t num_next) {
-    int64_t bytes = p->C * kv_bytes(p->kind);
+M27_INLINE void prefetch(const uint8_t *from, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line);
+}
+
+/* Keys and values of head h of some slots to the scratch; of the next ones all heads on their way to the cache. */
+M27_INLINE void fetch_kind(const Attention *p, const Unit *u, int64_t h, const int64_t *slots, int64_t n,
+                           const int64_t *next, int64_t num_next, int kind) {
+    int64_t bytes = p->C * kv_bytes(kind);
     for (int64_t i = 0; i < n; i++) {
-        int64_t at = (slots[i] * p->J + u->head) * bytes;
-        if (i < num_next) {
-            int64_t ahead = (next[i] * p->J + u->head) * bytes;
-            for (int64_t line = 0; line < bytes; line += 64) {
-                __builtin_prefetch(p->k_cache + ahead + line);
-                __builtin_prefetch(p->v_cache + ahead + line);
-            }
+        int64_t at = (slots[i] * p->J + u->head + h) * bytes;
+        int64_t piece = h * n + i; /* of the next keys, in the order of memory */
+        if (piece < num_next * u->heads) {
+            int64_t ahead = (next[piece / u->heads] * p->J + u->head + piece % u->heads) * bytes;
+            prefetch(p->k_cache + ahead, bytes);
+            prefetch(p->v_cache + ahead, bytes);
         }
-        kv_decode(p->k_cache + at, p->kind, p->C, u->width, u->k + i * u->width);
-        kv_decode(p->v_cache + at, p->kind, p->C, u->width, u->v + i * u->width);
+        kv_decode(p->k_cache + at, kind, p->C, u->k + i * u->width);
+        kv_decode(p->v_cache + at, kind, p->C, u->v + i * u->width);
     }
+}
+
+M27_CLONES static void fetch(const Attention *p, const Unit *u, int64_t h, const int64_t *slots, int64_t n,
+                             const int64_t *next, int64_t num_next) {
+    if (p->kind == KV_E4M3) fetch_kind(p, u, h, slots, n, next, num_next, KV_E4M3);
+    else if (p->kind == KV_BF16) fetch_kind(p, u, h, slots, n, next, num_next, KV_BF16);
+    else fetch_kind(p, u, h, slots, n, next, num_next, KV_F32);
 }
 
 /* One span for all rows of a unit, to `part`; rows whose lists end before it are left out. */
@@ -205,44 +217,53 @@ static void span(const Attention *p, Unit *u, int64_t from) {
         }
         next = key + CHUNK < from + SPAN ? min64(CHUNK, shared - CHUNK) : 0;
         shared = min64(shared, CHUNK);
-        if (shared) {
-            if (known != key) find(p, longest, key, shared, u->slots[0]);
-            if (next > 0) find(p, longest, key + CHUNK, next, u->slots[1]);
-            fetch(p, u, u->slots[0], shared, u->slots[1], next);
-            if (next == CHUNK) {
-                memcpy(u->slots[0], u->slots[1], sizeof u->slots[0]);
-                known = key + CHUNK;
+        if (shared && known != key) find(p, longest, key, shared, u->slots[0]);
+        if (next > 0) find(p, longest, key + CHUNK, next, u->slots[1]);
+        for (int64_t h = 0; h < u->heads && shared; h++) {
+            fetch(p, u, h, u->slots[0], shared, u->slots[1], next);
+            for (int64_t r = 0; r < u->rows; r++) {
+                int64_t context = p->context[u->first + r], own = tails[r] && context < key + CHUNK;
+                if (!own && context > key) chunk_row(p, u, r, h, min64(context - key, CHUNK), key == from);
             }
         }
-        for (int64_t r = 0; r < u->rows; r++) {
-            int64_t context = p->context[u->first + r], own = tails[r] && context < key + CHUNK;
-            if (!own && context > key) chunk_row(p, u, r, min64(context - key, CHUNK), key == from);
+        if (next == CHUNK) {
+            memcpy(u->slots[0], u->slots[1], sizeof u->slots[0]);
+            known = key + CHUNK;
         }
         for (int64_t r = 0; r < u->rows; r++) {
             int64_t context = p->context[u->first + r], n = min64(context + tails[r] - key, CHUNK);
             if (!tails[r] || context >= key + CHUNK || n <= 0) continue;
             int64_t slots[CHUNK];
             find(p, u->first + r, key, n, slots);
-            fetch(p, u, slots, n, NULL, 0);
-            chunk_row(p, u, r, n, key == from);
+            for (int64_t h = 0; h < u->heads; h++) {
+                fetch(p, u, h, slots, n, NULL, 0);
+                chunk_row(p, u, r, h, n, key == from);
+            }
         }
     }
 }
 
+/* Where query i of the unit stands among all T * H. */
+M27_INLINE int64_t row_of(const Attention *p, const Unit *u, int64_t i) {
+    int64_t among = u->heads * u->G;
+    return (u->first + i / among) * p->H + u->head * u->G + i % among;
+}
+
 static void load_queries(const Attention *p, const Unit *u) {
-    for (int64_t i = 0; i < u->rows * u->G; i++) {
-        int64_t at = ((u->first + i / u->G) * p->H + u->head * u->G + i % u->G) * p->C;
+    for (int64_t i = 0; i < u->queries; i++) {
+        int64_t at = row_of(p, u, i) * p->C;
         float *q = u->q + i * u->width;
+        memset(q, 0, (size_t)u->width * sizeof *q);
         for (int64_t c = 0; c < p->C; c++)
-            q[c] = p->rows_are_bf16 ? bf16_value(((const uint16_t *)p->q)[at + c]) : ((const float *)p->q)[at + c];
-        for (int64_t c = p->C; c < u->width; c++) q[c] = 0;
+            q[kv_place(c, p->kind)] =
+                p->rows_are_bf16 ? bf16_value(((const uint16_t *)p->q)[at + c]) : ((const float *)p->q)[at + c];
     }
 }
 
 static void write_query(const Attention *p, const Unit *u, int64_t i, const float *state) {
-    int64_t at = ((u->first + i / u->G) * p->H + u->head * u->G + i % u->G) * p->C;
+    int64_t at = row_of(p, u, i) * p->C;
     for (int64_t c = 0; c < p->C; c++) {
-        float y = state ? state[HEADER + c] / state[1] * p->v_scale : 0;
+        float y = state ? state[HEADER + kv_place(c, p->kind)] / state[1] * p->v_scale : 0;
         if (p->rows_are_bf16)
             ((uint16_t *)p->out)[at + c] = bf16_bits(y);
         else
@@ -263,41 +284,47 @@ static void whole_unit(const Attention *p, Unit *u) {
     }
     for (int64_t s = 0; s < most; s++) {
         span(p, u, s * SPAN);
-        for (int64_t i = 0; i < u->rows * u->G; i++) {
-            if (s >= num_spans(p, u->first + i / u->G)) continue;
+        for (int64_t i = 0; i < u->queries; i++) {
+            if (s >= num_spans(p, u->first + i / (u->heads * u->G))) continue;
             float *total = u->total + i * stride, *part = u->part + i * stride;
             if (s) merge(total, part, u->width);
             else memcpy(total, part, (size_t)stride * sizeof *part);
         }
     }
-    for (int64_t i = 0; i < u->rows * u->G; i++)
-        write_query(p, u, i, num_spans(p, u->first + i / u->G) ? u->total + i * stride : NULL);
+    for (int64_t i = 0; i < u->queries; i++)
+        write_query(p, u, i, num_spans(p, u->first + i / (u->heads * u->G)) ? u->total + i * stride : NULL);
 }
 
 static void one_span(const Attention *p, Unit *u, int64_t s, float *parts) {
     load_queries(p, u);
     span(p, u, s * SPAN);
-    memcpy(parts, u->part, (size_t)(u->rows * u->G * (HEADER + u->width)) * sizeof *parts);
+    memcpy(parts, u->part, (size_t)(u->queries * (HEADER + u->width)) * sizeof *parts);
 }
 
-/* parts: [spans, rows * G] states; the first one's are added to. */
+/* parts: [spans, queries] states; the first span's are added to. */
 static void join_spans(const Attention *p, const Unit *u, int64_t queries, float *parts) {
     int64_t stride = HEADER + u->width;
-    for (int64_t i = 0; i < u->rows * u->G; i++) {
-        int64_t spans = num_spans(p, u->first + i / u->G);
+    for (int64_t i = 0; i < u->queries; i++) {
+        int64_t spans = num_spans(p, u->first + i / (u->heads * u->G));
         for (int64_t s = 1; s < spans; s++) merge(parts + i * stride, parts + (s * queries + i) * stride, u->width);
         write_query(p, u, i, spans ? parts + i * stride : NULL);
     }
 }
 
-static int64_t make_unit(const Attention *p, int64_t index, Unit *u) {
-    int64_t group = index / p->J;
-    u->head = index % p->J;
+static int64_t width_of(int64_t C, int kind) {
+    int64_t n = kv_stretch(kind);
+    return (C + n - 1) / n * n;
+}
+
+static void make_unit(const Attention *p, int64_t index, Unit *u) {
+    int64_t blocks = (p->J + p->heads - 1) / p->heads, group = index / blocks;
+    u->head = index % blocks * p->heads;
+    u->heads = min64(p->heads, p->J - u->head);
     u->first = p->starts[group];
     u->rows = p->starts[group + 1] - u->first;
     u->G = p->H / p->J;
-    u->width = (p->C + 15) / 16 * 16;
-    return u->rows * u->G;
+    u->width = width_of(p->C, p->kind);
+    u->queries = u->rows * u->heads * u->G;
 }
 
 static void run(const Attention *p, int64_t max_queries, int64_t spans, float *parts, int join, Unit *u, int64_t first,
@@ -312,17 +339,17 @@ static void run(const Attention *p, int64_t max_queries, int64_t spans, float *p
     }
 }
 
-/* Items [first, end).  spans = 0: an item is a unit (group of rows, key/value head), computed whole.  Else a span of
+/* Items [first, end).  spans = 0: an item is a unit (group of rows, `heads` key/value heads), computed whole.  Else a span of
  * a unit, which goes to `parts`, F32 [units, spans, max_queries, 16 + width]; with `join` a unit again, whose parts
  * become its result.  0 where there is no memory. */
 M27_EXPORT int m27_attention(const void *q, void *out, int rows_are_bf16, const void *k_cache, const void *v_cache,
                              int kind, const int32_t *table, const int32_t *sequence, const int32_t *context,
                              const int64_t *tail, const int64_t *starts, int64_t H, int64_t J, int64_t C, int64_t B,
-                             int64_t X, int64_t block_size, float score_scale, float v_scale, int64_t max_queries,
-                             int64_t spans, float *parts, int join, int64_t first, int64_t end) {
+                             int64_t X, int64_t block_size, int64_t heads, float score_scale, float v_scale,
+                             int64_t max_queries, int64_t spans, float *parts, int join, int64_t first, int64_t end) {
     Attention p = {q, out, rows_are_bf16, kind, k_cache, v_cache, table, sequence, context, tail, starts, H, J, C, B,
-                   X, block_size, score_scale * kv_unit(kind), v_scale * kv_unit(kind)};
-    int64_t width = (C + 15) / 16 * 16, queries = max_queries * (3 * width + 2 * HEADER), keys = 2 * CHUNK * width;
+                   X, block_size, heads, score_scale, v_scale};
+    int64_t width = width_of(C, kind), queries = max_queries * (3 * width + 2 * HEADER), keys = 2 * CHUNK * width;
     float *scratch = aligned_alloc(64, (size_t)(queries + keys) * sizeof *scratch);
     if (!scratch) return 0;
     memset(scratch, 0, (size_t)(queries + keys) * sizeof *scratch);
