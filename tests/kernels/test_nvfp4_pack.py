@@ -484,6 +484,15 @@ def test_nan_is_equal_to_nothing(backend: str) -> None:
         nvfp4_pack.compare(weight[:16], scale_inv, packed)
 
 
+def test_a_busy_thread_keeps_its_work(monkeypatch: pytest.MonkeyPatch, threads: None) -> None:
+    monkeypatch.setattr(native, "_BYTES_PER_THREAD", 1)
+    torch.set_num_threads(4)
+    rows = lambda first, end: (first, end)  # noqa: E731
+    with native.one_thread():
+        assert native.over_rows(rows, 100, 1, 100) == [(0, 100)]
+    assert len(native.over_rows(rows, 100, 1, 100)) == 4
+
+
 def test_squared_error_is_the_error(backend: str) -> None:
     weight, scale_inv = packing.random_fp8(256, 512)
     packed = nvfp4_pack.pack(weight, scale_inv, amax=nvfp4_pack.amax(weight, scale_inv))
