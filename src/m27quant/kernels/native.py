@@ -69,7 +69,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "m27_attention": (
         c_int,
         [
-            *(c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int, *[c_void_p] * 5, *[c_int64] * 6),
+            *(c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int, *[c_void_p] * 5, *[c_int64] * 7),
             *(c_float, c_float, c_int64, c_int64, c_void_p, c_int, *_ROWS),
         ],
     ),
