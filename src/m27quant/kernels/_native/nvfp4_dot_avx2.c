@@ -21,31 +21,40 @@ TARGET M27_INLINE __m256i lookup(__m256i table, const uint8_t *codes, int high) 
     return _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(word, high * 4), _mm256_set1_epi8(15)));
 }
 
+/* Few tokens give few sums to work on while others wait for an addition: then both halves go side by side. */
 TARGET M27_INLINE void f32(const int T, const uint8_t *codes, const uint8_t *scales, int64_t num_groups,
                            const void *panel, float *out) {
     const __m256i table = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
-    for (int row = 0; row < ROWS; row += LANES) {
+    const int halves = T <= 4 ? 2 : 1;
+    for (int row = 0; row < ROWS; row += LANES * halves) {
         const float *x = panel;
-        __m256 sum[TILE];
-        UNROLL for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
+        __m256 sum[2][TILE];
+        UNROLL for (int h = 0; h < halves; h++)
+            UNROLL for (int t = 0; t < T; t++) sum[h][t] = _mm256_setzero_ps();
         for (int64_t g = 0; g < num_groups; g++, x += GROUP * T) {
             const uint8_t *at = codes + g * GROUP_BYTES + row * 4;
-            __m256 part[TILE];
-            UNROLL for (int t = 0; t < T; t++) part[t] = _mm256_setzero_ps();
+            __m256 part[2][TILE];
+            UNROLL for (int h = 0; h < halves; h++)
+                UNROLL for (int t = 0; t < T; t++) part[h][t] = _mm256_setzero_ps();
             UNROLL for (int i = 0; i < 4; i++) {
-                __m256i four = lookup(table, at + i / 2 * 64, i % 2);
-                UNROLL for (int b = 0; b < 4; b++) { /* byte b to the top, then down with its sign */
-                    __m256i one = _mm256_srai_epi32(_mm256_slli_epi32(four, 24 - 8 * b), 24);
-                    __m256 w = _mm256_cvtepi32_ps(one);
-                    UNROLL for (int t = 0; t < T; t++)
-                        part[t] = _mm256_fmadd_ps(w, _mm256_set1_ps(x[(i * 4 + b) * T + t]), part[t]);
-                }
+                __m256i four[2];
+                UNROLL for (int h = 0; h < halves; h++) four[h] = lookup(table, at + i / 2 * 64 + h * 32, i % 2);
+                UNROLL for (int b = 0; b < 4; b++)
+                    UNROLL for (int h = 0; h < halves; h++) { /* byte b to the top, then down with its sign */
+                        __m256i one = _mm256_srai_epi32(_mm256_slli_epi32(four[h], 24 - 8 * b), 24);
+                        __m256 w = _mm256_cvtepi32_ps(one);
+                        UNROLL for (int t = 0; t < T; t++)
+                            part[h][t] = _mm256_fmadd_ps(w, _mm256_set1_ps(x[(i * 4 + b) * T + t]), part[h][t]);
+                    }
             }
-            __m256 scale = scales_of(scales + g * ROWS + row);
-            UNROLL for (int t = 0; t < T; t++) sum[t] = _mm256_fmadd_ps(scale, part[t], sum[t]);
+            UNROLL for (int h = 0; h < halves; h++) {
+                __m256 scale = scales_of(scales + g * ROWS + row + h * LANES);
+                UNROLL for (int t = 0; t < T; t++) sum[h][t] = _mm256_fmadd_ps(scale, part[h][t], sum[h][t]);
+            }
         }
-        UNROLL for (int t = 0; t < T; t++) _mm256_storeu_ps(out + t * ROWS + row, sum[t]);
+        UNROLL for (int h = 0; h < halves; h++)
+            UNROLL for (int t = 0; t < T; t++) _mm256_storeu_ps(out + t * ROWS + row + h * LANES, sum[h][t]);
     }
 }
 

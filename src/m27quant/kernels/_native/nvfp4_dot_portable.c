@@ -33,28 +33,37 @@ M27_INLINE Bytes decode(const uint8_t *codes, int high) {
     return e2m1_twice((Bytes)(word >> (high * 4) & 0x0F0F0F0F));
 }
 
+/* Few tokens give few sums to work on while others wait for an addition: then two or four quarters go side by side. */
 M27_INLINE void f32(const int T, const uint8_t *codes, const uint8_t *scales, int64_t num_groups, const void *panel,
                     float *out) {
-    for (int row = 0; row < ROWS; row += LANES) {
+    const int quarters = T == 1 ? 4 : T <= 3 ? 2 : 1;
+    for (int row = 0; row < ROWS; row += LANES * quarters) {
         const float *x = panel;
-        Floats sum[TILE];
-        UNROLL for (int t = 0; t < T; t++) sum[t] = (Floats){0};
+        Floats sum[4][TILE];
+        UNROLL for (int q = 0; q < quarters; q++)
+            UNROLL for (int t = 0; t < T; t++) sum[q][t] = (Floats){0};
         for (int64_t g = 0; g < num_groups; g++, x += GROUP * T) {
             const uint8_t *at = codes + g * GROUP_BYTES + row * 4;
-            Floats part[TILE];
-            UNROLL for (int t = 0; t < T; t++) part[t] = (Floats){0};
+            Floats part[4][TILE];
+            UNROLL for (int q = 0; q < quarters; q++)
+                UNROLL for (int t = 0; t < T; t++) part[q][t] = (Floats){0};
             UNROLL for (int i = 0; i < 4; i++) {
-                Words four = (Words)decode(at + i / 2 * 64, i % 2);
-                UNROLL for (int b = 0; b < 4; b++) { /* byte b to the top, then down with its sign */
-                    Floats w = to_floats((Words)((four << (24 - 8 * b)) >> 24));
-                    UNROLL for (int t = 0; t < T; t++)
-                        part[t] = multiply_add(w, (Floats){0} + x[(i * 4 + b) * T + t], part[t]);
-                }
+                Words four[4];
+                UNROLL for (int q = 0; q < quarters; q++) four[q] = (Words)decode(at + i / 2 * 64 + q * 16, i % 2);
+                UNROLL for (int b = 0; b < 4; b++)
+                    UNROLL for (int q = 0; q < quarters; q++) { /* byte b to the top, then down with its sign */
+                        Floats w = to_floats((Words)((four[q] << (24 - 8 * b)) >> 24));
+                        UNROLL for (int t = 0; t < T; t++)
+                            part[q][t] = multiply_add(w, (Floats){0} + x[(i * 4 + b) * T + t], part[q][t]);
+                    }
             }
-            Floats scale = scales_of(scales + g * ROWS + row);
-            UNROLL for (int t = 0; t < T; t++) sum[t] = multiply_add(scale, part[t], sum[t]);
+            UNROLL for (int q = 0; q < quarters; q++) {
+                Floats scale = scales_of(scales + g * ROWS + row + q * LANES);
+                UNROLL for (int t = 0; t < T; t++) sum[q][t] = multiply_add(scale, part[q][t], sum[q][t]);
+            }
         }
-        UNROLL for (int t = 0; t < T; t++) memcpy(out + t * ROWS + row, &sum[t], sizeof sum[t]);
+        UNROLL for (int q = 0; q < quarters; q++)
+            UNROLL for (int t = 0; t < T; t++) memcpy(out + t * ROWS + row + q * LANES, &sum[q][t], sizeof sum[q][t]);
     }
 }
 
