@@ -193,7 +193,7 @@ def check_tails(device: torch.device) -> None:
 
 def check_long(device: torch.device) -> None:
     """Chunks of a single size and of more than one."""
-    judge(Case.random([0], [256 * 18 + 5], kind=(F32, F32), C=16, page=64), device)
+    judge(Case.random([0], [256 * 18 + 5], C=16, page=64), device)
     judge(Case.random([0, 1], [700, 300], [2, 300], C=16), device)
 
 
@@ -220,7 +220,7 @@ def check_nan(device: torch.device) -> None:
 def check_tail_or_context(device: torch.device) -> None:
     """Drafted keys give the same bits as the same keys once they are committed."""
     for kind in (KINDS[0], KINDS[3]):
-        for n, drafted in ((62, 4), (254, 5), (7, 1), (0, 3)):
+        for n, drafted in ((62, 4), (254, 5), (7, 1), (0, 3)) if kind[1] == FP8 else ((30, 4),):
             case = Case.random([0] * 3, [n + drafted] * 3, kind=kind, C=16)
             page = case.caches[0].shape[1]
             committed = case.run(device, invariant=True)
@@ -235,7 +235,7 @@ def check_other_rows(device: torch.device) -> None:
     """A row alone, in a prefill, among other sequences, in any order: the same bits."""
     for kind in (KINDS[0], KINDS[4]):
         sequence = [0] * 11 + [1, 2, 1]
-        context = [*range(58, 69), 300, 5, 12]
+        context = [*range(58, 69), 90, 5, 12]
         case = Case.random(sequence, context, [0] * 11 + [3, 2, 1], kind=kind, H=4, J=2, C=16)
         together = case.run(device, invariant=True)
         for rows in ([3], [13, 2], torch.randperm(14).tolist(), list(range(0, 14, 2))):
@@ -244,8 +244,8 @@ def check_other_rows(device: torch.device) -> None:
 
 def check_chunks(device: torch.device) -> None:
     """Chunks in programs of their own, joined by a second kernel, or one after the other: the same bits."""
-    for kind in (KINDS[0], KINDS[3]):
-        case = Case.random([0, 1], [256 * 17 + 9, 700], [3, 2], kind=kind, H=2, C=16, page=64)
+    for kind, keys in ((KINDS[0], 256 * 17 + 9), (KINDS[3], 520)):
+        case = Case.random([0, 1], [keys, 300], [3, 2], kind=kind, H=2, C=16, page=64)
         spread = case.run(device, invariant=True)
         with pytest.MonkeyPatch.context() as patches:
             patches.setattr(gpu, "PROGRAMS", 0)
@@ -334,12 +334,12 @@ PREFILL, DECODE, VERIFY = (4096, 1, 0), (32, 32, 0), (64, 8, 16)
     [
         (80, KINDS[0], DECODE, False),
         (90, KINDS[0], PREFILL, False),
-        (90, KINDS[0], DECODE, False),
+        pytest.param(90, KINDS[0], DECODE, False, marks=pytest.mark.slow),
         (90, KINDS[0], VERIFY, True),
-        (90, KINDS[1], PREFILL, True),
+        pytest.param(90, KINDS[1], PREFILL, True, marks=pytest.mark.slow),
         (100, KINDS[0], PREFILL, False),
-        (100, KINDS[0], VERIFY, True),
-        (120, KINDS[0], PREFILL, False),
+        pytest.param(100, KINDS[0], VERIFY, True, marks=pytest.mark.slow),
+        pytest.param(120, KINDS[0], PREFILL, False, marks=pytest.mark.slow),
         (120, KINDS[0], DECODE, True),
     ],
 )
