@@ -1,6 +1,7 @@
 """NVFP4 products and mixtures of experts at M2.7's widths, beside their rivals and the machine's limit.
 
     python -m benchmarks.kernels [--device cpu] [--save] [--threads 2] [--experts 256] [--tokens 1,8,64]
+    python -m benchmarks.kernels --device cuda --save      everything on one GPU, meant for under 8 minutes
 
 Every operation is compared with its reference first; a wrong one is not timed.  Timed operations take turns, so that
 what else the machine does falls on all of them, and the best of the rounds counts.  `--save` writes JSON and markdown
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels_cpu, machine
+from benchmarks import kernels_cpu, kernels_gpu, machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -51,23 +52,31 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--experts", type=int, help="by default all 256, or as many as the memory holds")
-    parser.add_argument("--tokens", default="1,8,64")
+    parser.add_argument("--tokens", help="by default 1,8,64, on CUDA 1,8,32,256,1024,4096")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--save", action="store_true", help="write JSON and markdown to benchmarks/results/")
     args = parser.parse_args()
-    if args.device != "cpu":
-        sys.exit("only --device cpu is here")
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no CUDA device")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    tokens = [int(number) for number in args.tokens.split(",")]
+    tokens = [int(number) for number in (args.tokens or "1,8,64").split(",")]
     results: dict[str, Any] = {
         "schema_version": 1,
         "date": datetime.date.today().isoformat(),
         "device": args.device,
         "machine": machine.facts(),
     }
-    results |= kernels_cpu.measure(tokens, args.experts, args.rounds)
-    sections = kernels_cpu.describe(results)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        results |= kernels_gpu.measure(
+            device, tokens if args.tokens else kernels_gpu.TOKENS, rounds=args.rounds
+        )
+        sections = kernels_gpu.describe(results)
+    else:
+        results |= kernels_cpu.measure(tokens, args.experts, args.rounds)
+        sections = kernels_cpu.describe(results)
     for title, body in sections.items():
         print(f"\n{title}\n\n{body}")
     if args.save:

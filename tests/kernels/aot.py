@@ -171,12 +171,17 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def launches(arch: int) -> Iterator[list[Compiled]]:
-    """Inside, every launch of a Triton kernel compiles it for `arch` and is listed; nothing runs."""
+def launches(arch: int, only: str = "") -> Iterator[list[Compiled]]:
+    """Inside, every launch of a Triton kernel compiles it for `arch` and is listed; nothing runs.
+
+    `only`: kernels whose name holds this; launches of others are passed over.
+    """
     compiled: list[Compiled] = []
     run = triton.JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
+        if only not in self.fn.__name__:
+            return None
         kernel = run(self, *args, grid=grid, warmup=True, **constants)
         compiled.append(Compiled(self.fn.__name__, kernel, constants, arch))
         return kernel
