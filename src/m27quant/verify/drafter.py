@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,17 @@ from m27quant.checkpoint.drafter_config import (
     read_taps,
     table,
 )
-from m27quant.checkpoint.header import TensorInfo, read_header
-from m27quant.checkpoint.source import INDEX, SINGLE, check_link_stays_inside, check_stays_inside
-from m27quant.checkpoint.strict_json import MAX_INDEX_BYTES, read_object
-from m27quant.errors import CheckpointError, EnvironmentFault, escape
+from m27quant.checkpoint.drafter_weights import read_headers
+from m27quant.checkpoint.header import TensorInfo
+from m27quant.checkpoint.source import check_link_stays_inside
+from m27quant.checkpoint.strict_json import read_object
+from m27quant.errors import CheckpointError, escape
 from m27quant.verify.collect import Findings
 from m27quant.verify.drafter_vocabulary import check_vocabulary, wrong_shape
 
 CONFIG = "config.json"
 FLOATS = ("BF16", "F16", "F32")
-OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d", "fc_norm.weight", "input_norm.weight")
+OPTIONAL = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d", "input_norm.weight")
 MAX_LAYERS = 256
 
 
@@ -89,52 +89,12 @@ def _read_config(folder: Path, found: Findings) -> dict[str, Any] | None:
 
 
 def _read_tensors(folder: Path, found: Findings) -> dict[str, TensorInfo] | None:
-    """All tensors by the names that both layouts share."""
+    """All tensors by the names that the layouts share."""
     try:
-        tensors: dict[str, TensorInfo] = {}
-        for shard in _shards(folder):
-            check_stays_inside(folder, shard)
-            for name, info in read_header(folder / shard).tensors.items():
-                if (plain := plain_name(name)) in tensors:
-                    raise CheckpointError(f"two tensors are named '{escape(plain)}'")
-                tensors[plain] = info
+        return read_headers(folder)
     except CheckpointError as fault:
         found.add("M27-R001", f"drafter: {fault.message}")
         return None
-    return tensors
-
-
-def _shards(folder: Path) -> list[str]:
-    if os.path.lexists(folder / INDEX):
-        check_link_stays_inside(folder, folder / INDEX)
-        weight_map = read_object(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
-        shards = set(weight_map.values()) if isinstance(weight_map, dict) and _strings(weight_map) else set()
-        if not shards:
-            raise CheckpointError(f"{INDEX}: weight_map is missing, empty or not from names to files")
-        return sorted(shards)
-    if os.path.lexists(folder / SINGLE):
-        return [SINGLE]
-    try:
-        names = [path.name for path in folder.iterdir()]
-    except OSError as fault:
-        raise EnvironmentFault(
-            f"{escape(folder)}: cannot be listed ({fault.strerror})", hint="check its permissions"
-        ) from None
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-        raise CheckpointError("only pickled weights, which are never loaded")
-    raise CheckpointError(f"no weights ({SINGLE})")
-
-
-def _strings(weight_map: dict[str, Any]) -> bool:
-    return all(isinstance(shard, str) for shard in weight_map.values())
-
-
-def plain_name(name: str) -> str:
-    """`model.midlayer.x` and `layers.0.x` are one: what the engines' loaders make of both."""
-    plain = name.removeprefix("model.")
-    if plain.startswith("midlayer."):
-        return "layers.0." + plain.removeprefix("midlayer.")
-    return plain
 
 
 # -- sizes and tensors -----------------------------------------------------------------------------
@@ -191,7 +151,11 @@ def _check_shapes(
         elif info.shape != shape:
             wrong_shape(info, name, shape, found)
     for name in tensors.keys() - expected.keys():
-        if name not in OPTIONAL and not name.endswith("rotary_emb.inv_freq"):
+        if (
+            name not in OPTIONAL
+            and not name.startswith("fc_norm.")
+            and not name.endswith("rotary_emb.inv_freq")
+        ):
             found.add("M27-R006", f"drafter: '{escape(name)}' is not a tensor of {c.kind}", found=name)
 
 
