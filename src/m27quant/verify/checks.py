@@ -566,6 +566,14 @@ _check(
     _engines("refuses it, or takes another loader", "refuses it, or takes another loader"),
 )  # fmt: skip
 _check(
+    "M27-F029", WARNING, "mixed precision is not judged",
+    "MIXED_PRECISION gives every module an algorithm of its own, by names that vLLM and SGLang resolve differently; "
+    "attention is often FP8. Experts are checked as NVFP4; FP8 attention, its scales and what an engine makes of the "
+    "list are not.", "Keep attention in BF16 with quant_algo NVFP4: the only layout that both engines load.",
+    _engines("resolves names under mlp.experts; FP8 blocks need weight_scale",
+             "resolves names under block_sparse_moe.experts; FP8 blocks need weight_scale_inv"),
+)  # fmt: skip
+_check(
     "M27-F008", ERROR, "config.json and hf_quant_config.json disagree",
     "One checkpoint, two descriptions: each engine follows the one that it reads.", _CONFIG,
     _engines("follows config.json", "follows config.json"),

@@ -194,6 +194,8 @@ def _check_section(view: View, found: Findings) -> None:
 
     if section.get("quant_method") != "modelopt":
         field("M27-F007", "quant_method", section.get("quant_method"), "modelopt")
+    elif view.is_mixed:
+        field("M27-F029", "quant_algo", section.get("quant_algo"), ALGORITHM)
     elif section.get("quant_algo") != ALGORITHM and not (
         section.get("quant_algo") == "W4A16_NVFP4" and ".input_scale" in view.excused
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,10 @@ from m27quant.checkpoint.names import TensorSpec
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+_ATTENTION = re.compile(
+    r"model\.layers\.[0-9]+\.self_attn\.[qkvo]_proj\.(?:weight|weight_scale|weight_scale_inv|input_scale)"
+)
 
 
 @dataclass(slots=True)
@@ -51,3 +56,12 @@ class View:
         if self.section is not None:
             return self.section.get("kv_cache_scheme") is not None
         return bool(self.hf_quant and self.hf_quant.get("kv_cache_quant_algo"))
+
+    @property
+    def is_mixed(self) -> bool:
+        """True where every module has an algorithm of its own."""
+        return (self.section or self.hf_quant or {}).get("quant_algo") == "MIXED_PRECISION"
+
+    def is_fp8_attention(self, name: str) -> bool:
+        """Whether a tensor belongs to FP8 attention of such a checkpoint: not judged."""
+        return self.is_mixed and _ATTENTION.fullmatch(name) is not None
