@@ -91,7 +91,7 @@ def measure(size: Size, rounds: int, folder: Path) -> dict[str, Any]:
                 "read and xxh3, one core": lambda: [xxh3(path) for path in shards],
                 "read and xxh3, all cores": lambda: on_all_cores(shards),
                 "full": without_report(lambda: verify_checkpoint(out, level="full")),
-                "full and SHA-256 against the report": lambda: verify_checkpoint(out, level="full"),
+                "full and hashes against the report": lambda: verify_checkpoint(out, level="full"),
                 "full and source": without_report(
                     lambda: verify_checkpoint(out, level="full", source=str(model))
                 ),
@@ -138,8 +138,8 @@ def shares(rates: dict[str, float]) -> dict[str, float]:
     pairs = {
         "full of read and xxh3, one core": ("full", "read and xxh3, one core"),
         "full of read and xxh3, all cores": ("full", "read and xxh3, all cores"),
-        "full with SHA-256 of read and xxh3, one core": (
-            "full and SHA-256 against the report", "read and xxh3, one core",
+        "full with hashes of read and xxh3, one core": (
+            "full and hashes against the report", "read and xxh3, one core",
         ),
         "full and source of packing as quantize does": (
             "full and source", PACKING,
