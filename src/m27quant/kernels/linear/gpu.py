@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m27quant.kernels import chip
 from m27quant.kernels.bits import as_bits, bf16_bits, to_f32
 
 OPTIONS = {"num_stages": 3, "enable_fp_fusion": False}
@@ -146,9 +147,12 @@ def _launch(x_TK: Tensor, w_NK: Tensor, y: Tensor, *, split: bool) -> None:
     # mixed dtypes, F32, and the interpreter
     f32 = not (x_TK.dtype == w_NK.dtype == torch.bfloat16) or x_TK.device.type == "cpu"
     x, w = (m if m.stride(1) == 1 else m.contiguous() for m in (x_TK, w_NK))
+    tensor_memory = (
+        x.device.type != "cpu" and chip.of(x.device).tmem
+    )  # it holds the sums, registers stay free
     grid = (triton.cdiv(T, BT), triton.cdiv(N, BN), triton.cdiv(K, segment) if split else 1)
     linear_kernel[grid](
         as_bits(x) if f32 else x, as_bits(w) if f32 else w, as_bits(y), T, N, K, x.stride(0), w.stride(0),
         SEGMENT=segment, SPLIT=split, F32=f32, EVEN=K % BK == 0, BF16_OUT=y.dtype == torch.bfloat16,
-        BN=BN, BT=BT, BK=BK, num_warps=BN // 16 if BN > 32 else 4, **OPTIONS,
+        BN=BN, BT=BT, BK=BK, num_warps=8 if BN == 128 and not tensor_memory else 4, **OPTIONS,
     )  # fmt: skip
