@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import kernels_cpu, kernels_gpu, machine
+from benchmarks import kernels_cpu, kernels_gpu, kernels_gpu_ops, machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,6 +41,8 @@ def save(results: dict[str, Any], sections: dict[str, str]) -> list[Path]:
     """JSON and markdown, dated, under benchmarks/results/."""
     RESULTS.mkdir(exist_ok=True)
     stem = f"kernels-{results['device'].partition(':')[0]}-{results['date']}"
+    if results["device"] == "cpu":
+        stem += f"-{results['machine']['threads']}t"
     paths = [RESULTS / f"{stem}.json", RESULTS / f"{stem}.md"]
     paths[0].write_text(json.dumps(results, indent=2) + "\n")
     paths[1].write_text(markdown(results, sections))
@@ -73,7 +75,9 @@ def main() -> None:
         results |= kernels_gpu.measure(
             device, tokens if args.tokens else kernels_gpu.TOKENS, rounds=args.rounds
         )
-        sections = kernels_gpu.describe(results)
+        copy = results["limits"]["copy_bytes_per_s"]
+        results["ops"] = kernels_gpu_ops.measure(device, copy, args.rounds)
+        sections = kernels_gpu.describe(results) | kernels_gpu_ops.describe(results["ops"])
     else:
         results |= kernels_cpu.measure(tokens, args.experts, args.rounds)
         sections = kernels_cpu.describe(results)
