@@ -121,6 +121,20 @@ def test_dense_products(arch: int, fp4: bool) -> None:
     assert any(kernel.has_fp4 for kernel in compiled) == fp4
 
 
+def test_many_tokens_on_sm_100() -> None:
+    """TMA, and scales that go from shared to tensor memory without touching a register."""
+    scale = aot.meta(dtype=torch.float32)
+    with aot.launches(100, "tma") as compiled:
+        tensors = prepared(100, D, D, "nvfp4")
+        gemm_gpu.gemm(aot.meta(4096, D), (*tensors, scale), (D, D), "nvfp4", scale, False)
+    (kernel,) = compiled
+    kernel.check()
+    assert kernel.has_fp4
+    assert kernel.count(r"cp\.async\.bulk\.tensor\.5d")
+    assert kernel.count(r"tcgen05\.cp") >= 24
+    assert kernel.tmem == chips.TMEM_COLUMNS
+
+
 def prepared(arch: int, N: int, K: int, activations: str) -> tuple[torch.Tensor, torch.Tensor]:
     if gemm_gpu.is_fp4(chips.chip(arch), activations):
         return aot.meta(N, K // 2, dtype=torch.uint8), aot.meta(

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from m27quant.kernels import chip as chips
 from m27quant.kernels.nvfp4_gemm import Activations, gemm, prepare, repack
 from m27quant.kernels.nvfp4_pack import PackedNVFP4, unpack
 from m27quant.kernels.nvfp4_quantize import fake_quantize
@@ -26,7 +30,7 @@ from tests.tolerance import product_bound
 pytest.importorskip("triton", reason="needs Triton, which this platform does not have")
 
 ARCHS = (90, 100, 120)
-CHECKS = ("codes", "pairs", "sizes", "globals", "range", "rows", "special")
+CHECKS = ("codes", "pairs", "sizes", "globals", "range", "rows", "special", "many_tokens", "cublas")
 INPUT_SCALE = torch.tensor(0.002)
 MODES: tuple[Activations, ...] = ("nvfp4", "bf16")
 
@@ -152,9 +156,56 @@ def check_special(device: torch.device) -> None:
         assert torch.equal(gemm(x[:2].to(device), weight, INPUT_SCALE.to(device)).cpu(), y[:2])
 
 
+def check_many_tokens(device: torch.device) -> None:
+    """The kernel of sm_100 for many tokens, where there is one; on other chips what takes its place."""
+    from m27quant.kernels.nvfp4_gemm import gpu_tma
+
+    with mock.patch.object(gpu_tma, "FROM_TOKENS", 20):
+        for T, N, K in ((21, 40, 64), (260, 130, 320)):
+            x = torch.randn(T, K).bfloat16()
+            with mock.patch.object(gpu_tma, "gemm", wraps=gpu_tma.gemm) as taken:
+                judge(x, random_packed(N, K, usual=True), "nvfp4", device)
+            assert taken.called == chips.of(device).tmem
+
+
+def check_cublas(device: torch.device) -> None:
+    """The other backend is called as torch documents it; on a CPU its product is computed from what it was given."""
+    if chips.why_not_fp4(chips.of(device), chips.triton_version()):
+        pytest.skip("needs FP4 tensor cores")
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setenv("M27QUANT_FP4", "cublas")
+        if device.type == "cpu":
+            patches.setattr(F, "scaled_mm", scaled_mm)
+        for T, N, K in ((3, 48, 64), (130, 160, 192)):
+            judge(torch.randn(T, K).bfloat16(), random_packed(N, K, usual=True), "nvfp4", device)
+        patches.setenv("M27QUANT_FP4", "cutlass")
+        with pytest.raises(ValueError, match="M27QUANT_FP4 may be"):
+            judge(torch.randn(1, 32), random_packed(16, 32), "nvfp4", device)
+
+
+def scaled_mm(
+    a: Tensor, b: Tensor, scale_a: list[Tensor], recipe_a: list[Any], scale_b: list[Tensor], recipe_b: list[Any],
+    *, swizzle_a: list[Any], swizzle_b: list[Any], output_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """torch's `scaled_mm` for NVFP4 with two levels of scales, F64 inside."""
+    assert recipe_a == recipe_b == [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
+    assert swizzle_a == swizzle_b == [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
+    assert a.is_contiguous()
+    assert b.t().is_contiguous()
+    sides = []
+    for codes, (blocks, whole) in ((a, scale_a), (b.t(), scale_b)):
+        rows, columns = codes.shape[0], codes.shape[1] * 2
+        assert blocks.dim() == 1
+        tiles = blocks.view(-(-rows // 128), -(-columns // 64), 32, 4, 4)
+        plain = repack.unswizzle(tiles, rows, columns // 16)
+        sides.append(values(PackedNVFP4(codes.view(torch.uint8), plain, whole)))
+    return (sides[0] @ sides[1].T).to(output_dtype)
+
+
 def cases() -> Iterator[str]:
     """Each check for the BF16 and the FP4 product; sizes for every table of tiles."""
-    yield from (f"{arch} {name}" for arch in (90, 100) for name in CHECKS)
+    yield from (f"90 {name}" for name in CHECKS if name != "cublas")
+    yield from (f"100 {name}" for name in CHECKS)
     yield from (f"{arch} sizes" for arch in (80, 120))
 
 

@@ -5,7 +5,8 @@
     any other, W4A4                twiddled     quantized, E2M1 * E4M3 in BF16  BF16, exact factors
     any, W4A16                     twiddled     BF16, or F32 as three BF16      BF16, exact weights
 
-All accumulate in F32.  `M27QUANT_FP4=cublas` takes torch's `scaled_mm` (cuBLASLt) for W4A4 on FP4 tensor cores.
+All accumulate in F32.  On FP4 tensor cores, `gpu_tma` takes many tokens on sm_100, and `M27QUANT_FP4=cublas` takes
+torch's `scaled_mm` (cuBLASLt) for all but `invariant` products.
 The sums of a row do not depend on other rows; with `invariant` the tile, and so their order, is one for any number.
 Global scales multiply the finished sums, which have to fit in F32 before.  F32 activations below BF16's smallest
 number, 2**-133, count 0 on a GPU.
@@ -18,13 +19,14 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from m27quant.kernels import chip as chips
 from m27quant.kernels.bits import as_bits
-from m27quant.kernels.nvfp4_gemm import repack, tiles
+from m27quant.kernels.nvfp4_gemm import gpu_tma, repack, tiles
 from m27quant.kernels.nvfp4_gemm.gpu_quantize import quantize_rows
 from m27quant.kernels.nvfp4_gemm.gpu_tile import INTERPRET, UNSCALE, product_bf16, product_fp4, stored
 from m27quant.kernels.nvfp4_pack import PackedNVFP4
@@ -33,6 +35,7 @@ from m27quant.kernels.nvfp4_quantize import gpu as nvfp4_quantize
 from m27quant.kernels.nvfp4_quantize.reference import swizzle
 
 OPTIONS = {"enable_fp_fusion": False}
+CUBLAS_VARIABLE = "M27QUANT_FP4"
 
 
 @triton.jit
@@ -92,13 +95,16 @@ def gemm(
     T, (N, K) = x_TK.shape[0], shape
     w, w_scale, scale_2 = tensors
     fp4, w4a4 = w_scale.dtype != torch.int16, activations == "nvfp4"
-    if fp4 and not invariant and os.environ.get("M27QUANT_FP4") == "cublas":
+    if fp4 and T and not invariant and _wants_cublas():
         assert input_scale is not None
         return _cublas(x_TK, tensors, input_scale)
+    chip = chips.of(x_TK.device)
+    if fp4 and not invariant and gpu_tma.fits(chip, T, K):
+        assert input_scale is not None
+        return gpu_tma.gemm(x_TK, tensors, N, input_scale)
     y_TN = torch.empty((T, N), dtype=x_TK.dtype, device=x_TK.device)
     if T == 0:
         return y_TN
-    chip = chips.of(x_TK.device)
     tile = (
         tiles.fp4(chip, T, invariant)
         if fp4
@@ -117,17 +123,20 @@ def gemm(
     return y_TN
 
 
+def _wants_cublas() -> bool:
+    wish = os.environ.get(CUBLAS_VARIABLE, "")
+    if wish not in ("", "triton", "cublas"):
+        raise ValueError(f"{CUBLAS_VARIABLE} may be 'triton' or 'cublas'")
+    return wish == "cublas"
+
+
 def _cublas(x_TK: Tensor, tensors: tuple[Tensor, ...], input_scale: Tensor) -> Tensor:
     """The same product by cuBLASLt, through torch."""
-    from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
-
     codes, w_scale, scale_2 = tensors
     x, x_scale = nvfp4_quantize.quantize(x_TK, input_scale, swizzled=True)
-    recipe, swizzles = (
-        [ScalingType.BlockWise1x16, ScalingType.TensorWise],
-        [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE],
-    )
-    y_TN: Tensor = scaled_mm(
+    recipe = [F.ScalingType.BlockWise1x16, F.ScalingType.TensorWise]
+    swizzles = [F.SwizzleType.SWIZZLE_32_4_4, F.SwizzleType.NO_SWIZZLE]
+    y_TN: Tensor = F.scaled_mm(
         x.view(torch.float4_e2m1fn_x2), codes.view(torch.float4_e2m1fn_x2).t(),
         [x_scale.flatten(), input_scale], recipe, [w_scale.flatten(), scale_2], recipe,
         swizzle_a=swizzles, swizzle_b=swizzles, output_dtype=x_TK.dtype,

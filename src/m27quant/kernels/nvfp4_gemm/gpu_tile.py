@@ -136,7 +136,7 @@ def swizzled(o_row, o_group, columns):
 
 
 @triton.jit
-def _decoded(b_codes, b_scale, R: tl.constexpr, BK: tl.constexpr):
+def decoded(b_codes, b_scale, R: tl.constexpr, BK: tl.constexpr):
     """Values F32 [R, BK] of codes [R, BK / 2] and E4M3 bits [R, BK / 16], in the interpreter."""
     b_c = tl.join(b_codes & 15, b_codes >> 4).to(tl.int32).reshape(R, BK // 16, 16)
     b_v = (((b_c & 8) << 28) | ((b_c & 7) << 22)).to(tl.float32, bitcast=True)
@@ -174,8 +174,8 @@ def product_fp4(
             b_w = tl.load(p_w, mask=m_b[None, :], other=0)
             b_ws = tl.load(p_ws, mask=m_g[None, :], other=0)
         if INTERPRET:
-            b_xv = tl.trans(_decoded(tl.trans(b_x), b_xs, BT, BK))
-            b_acc = tl.dot(_decoded(b_w, b_ws, BN, BK), b_xv, b_acc, input_precision="ieee")
+            b_xv = tl.trans(decoded(tl.trans(b_x), b_xs, BT, BK))
+            b_acc = tl.dot(decoded(b_w, b_ws, BN, BK), b_xv, b_acc, input_precision="ieee")
         else:
             b_xs = b_xs.to(tl.float8e4nv, bitcast=True)
             b_ws = b_ws.to(tl.float8e4nv, bitcast=True)
