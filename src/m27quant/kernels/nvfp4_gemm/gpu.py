@@ -38,7 +38,7 @@ OPTIONS = {"enable_fp_fusion": False}
 CUBLAS_VARIABLE = "M27QUANT_FP4"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def nvfp4_gemm_kernel(
     x, x_scale, w, w_scale, weight_scale_2, input_scale, y, T, N, K, K2, G, stride_w, stride_s,
     FP4: tl.constexpr, W4A4: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr,

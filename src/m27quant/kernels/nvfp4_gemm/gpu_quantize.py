@@ -31,7 +31,7 @@ def exact_value(b_y, b_sign, b_scale):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "first", "count"])
 def nvfp4_rows_kernel(
     x, input_scale, experts, codes, scales, R, G, first, count,
     TOPK: tl.constexpr, BY_EXPERT: tl.constexpr, FP4: tl.constexpr, HARDWARE: tl.constexpr,

@@ -32,7 +32,7 @@ def _rows_of(b_tiles, R: tl.constexpr, BK: tl.constexpr):
     return b_tiles.trans(0, 3, 2, 1, 4).reshape(R, BK // 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def nvfp4_gemm_tma_kernel(
     x, x_scale, w, w_scale, weight_scale_2, input_scale, y, T, N, K,
     INTERPRET: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,

@@ -16,7 +16,7 @@ from torch import Tensor
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "first"])
 def count_kernel(experts, counts, num_slots, first, BS: tl.constexpr):
     """`counts` int32 [C]: the slots of expert first + program."""
     e = tl.program_id(0)
@@ -28,7 +28,7 @@ def count_kernel(experts, counts, num_slots, first, BS: tl.constexpr):
     tl.store(counts + e, tl.sum(b_count, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "first", "count", "num_blocks"])
 def place_kernel(
     experts, counts, slots, block_expert, num_slots, first, count, num_blocks,
     C: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,

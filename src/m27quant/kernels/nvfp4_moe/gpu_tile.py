@@ -4,6 +4,8 @@ A program of `up` and `down` takes one tile of one expert's rows and one block o
 and w3 lie in turns of 8 (`repack.interleave`), so that one product gives both gate and up of a feature.  Every slot
 has an output of its own, and a token's are added in the order of its slots: no atomics, the same sum every time.
 
+Counts of tokens are not specialized (`do_not_specialize`): a new one never waits for a compiler.
+
 In the kernels: b_ a tile, o_ offsets, m_ a mask; BN rows of weights, BT slots, BK columns in a tile, BH = BN / 2.
 """
 
@@ -56,7 +58,7 @@ def _product(
     return b_acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "first", "count"])
 def nvfp4_moe_up_kernel(
     x, x_scale, w, w_scale, scale_2, input_scale_13, input_scale_2, act, act_scale, slots, block_expert,
     num_slots, first, count, I, D, D2, DG, stride_w, stride_s, stride_se,
@@ -113,7 +115,7 @@ def nvfp4_moe_up_kernel(
                 stored(b_value.reshape(BH, BT), p_act, m_act, INTERPRET)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "first", "count"])
 def nvfp4_moe_down_kernel(
     act, act_scale, w, w_scale, scale_2, input_scale_2, out, slots, block_expert,
     num_slots, first, count, D, I, I2, IG, stride_w, stride_s, stride_se,
@@ -135,7 +137,7 @@ def nvfp4_moe_down_kernel(
         tl.store(p_out, b_acc * tl.load(scale_2 + e * 3 + 2), mask=(o_n < D)[:, None] & m_t[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count"])
 def nvfp4_moe_sum_kernel(
     out, experts, weights, y, first, count, D, TOPK: tl.constexpr, INTERPRET: tl.constexpr, BD: tl.constexpr
 ):
