@@ -17,5 +17,5 @@ def test_everything_is_checked_and_told() -> None:
 
 def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels_gpu_ops, "linear", lambda x, w, invariant: x @ (w * 1.1).T)
-    with pytest.raises(SystemExit, match="invariant product .* wrong"):
+    with pytest.raises(SystemExit, match=r"invariant product .* wrong"):
         kernels_gpu_ops.measure(torch.device("cpu"), 1e10, 1, small=True)

@@ -212,9 +212,10 @@ def check_nan(device: torch.device) -> None:
         page = case.caches[1].shape[1]
         slot = int(case.table[0, 0])
         case.caches[1].view(torch.uint8).view(-1, page, 32 * case.caches[1].itemsize)[slot, 3] = 0xFF
-        found = case.run(device)
-        assert found[0].isnan().all()
-        assert found[1].isfinite().all()
+        for invariant in (False, True):
+            found = case.run(device, [1, 0, 1, 1, 0, 1], invariant=invariant)  # six rows share a tile
+            assert found[[1, 4]].isnan().all()
+            assert found[[0, 2, 3, 5]].isfinite().all()
 
 
 def check_tail_or_context(device: torch.device) -> None:

@@ -125,33 +125,27 @@ def _attend(
 
 @triton.jit
 def _chunk(
-    b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, chunk, k_cache, v_cache, table, sequence, context, tail,
+    b_q, b_scale, s, b_shared, b_len, o_r, chunk, k_cache, v_cache, table, context, tail,
     t_first, T, B, X, C: tl.constexpr, STRIDE: tl.constexpr, PAGE: tl.constexpr, BASE: tl.constexpr, TAIL: tl.constexpr,
     F16: tl.constexpr, F32: tl.constexpr, ROWS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, CP: tl.constexpr,
 ):  # fmt: skip
-    """The softmax sums of one chunk: maxima (base 2), sums and weighted values."""
+    """The softmax sums of one chunk of sequence s: maxima (base 2), sums and weighted values."""
     start, stop = chunk_start(chunk, BASE), chunk_start(chunk + 1, BASE)
     b_m = tl.full((BM,), float("-inf"), tl.float32)
     b_l = tl.zeros((BM,), tl.float32)
     b_acc = tl.zeros((BM, CP), tl.float32)
-    for r in range(ROWS):
-        s = tl.load(sequence + tl.minimum(t_first + r, T - 1)).to(tl.int32)
-        b_same = m_m & (b_sequence == s)
-        b_end = tl.where(b_same, tl.minimum(b_shared, stop), 0)
-        # a sequence is walked once, for the first of its rows
-        mine = (t_first + r < T) & (tl.min(tl.where(b_same, o_r, BM), axis=0) == r)
-        hi = tl.where(mine, tl.max(b_end, axis=0), 0)
-        for k0 in range(start, hi, BK):
-            o_key = k0 + tl.arange(0, BK)
-            m_key = o_key < hi
-            o_slot = table_slots(table, s, B, o_key, m_key, PAGE)
-            b_m, b_l, b_acc = _attend(
-                b_q, b_scale, b_m, b_l, b_acc, k_cache, v_cache, o_slot, m_key, o_key, b_end, C, STRIDE, F16, F32, CP
-            )  # fmt: skip
+    b_end = tl.minimum(b_shared, stop)
+    hi = tl.max(b_end, axis=0)
+    for k0 in range(start, hi, BK):
+        o_key = k0 + tl.arange(0, BK)
+        m_key = o_key < hi
+        o_slot = table_slots(table, s, B, o_key, m_key, PAGE)
+        b_m, b_l, b_acc = _attend(
+            b_q, b_scale, b_m, b_l, b_acc, k_cache, v_cache, o_slot, m_key, o_key, b_end, C, STRIDE, F16, F32, CP
+        )  # fmt: skip
     if TAIL:
         for r in range(ROWS):
             t = tl.minimum(t_first + r, T - 1)
-            s = tl.load(sequence + t).to(tl.int32)
             n = tl.load(context + t).to(tl.int32)
             keys = tl.max(tl.where(o_r == r, b_len, 0), axis=0)
             hi = tl.where(keys > n, tl.minimum(keys, stop), 0)
@@ -199,10 +193,10 @@ def attention_kernel(
         b_tail = tail_length(tail, o_t, m_m, X, XP)
         b_len = b_context + b_tail
         b_shared = tl.where(b_tail > 0, b_context // BK * BK, b_context)
-    first, end = 0, num_chunks(tl.max(b_len, axis=0), BASE)
+    first = 0
     if SPLIT:
         first = tl.program_id(2)
-        if first >= end:
+        if first >= num_chunks(tl.max(b_len, axis=0), BASE):
             return
 
     o_c = tl.arange(0, CP)
@@ -220,30 +214,37 @@ def attention_kernel(
     k_cache += j * C
     v_cache += j * C
 
-    # the first chunk apart from the loop: fewer registers
-    b_m, b_l, b_acc = _chunk(
-        b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, first, k_cache, v_cache, table, sequence, context, tail,
-        t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
-    )  # fmt: skip
-    if not ONE:
-        for chunk in range(1, end):
-            c_m, c_l, c_acc = _chunk(
-                b_q, b_scale, b_sequence, b_shared, b_len, m_m, o_r, chunk, k_cache, v_cache, table, sequence, context,
-                tail, t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
+    for r in range(ROWS):
+        s = tl.load(sequence + tl.minimum(t_first + r, T - 1)).to(tl.int32)
+        b_same = m_m & (b_sequence == s)
+        # a sequence is walked once, for the first of its rows, and written before the next: a NaN stays in it
+        if (t_first + r < T) & (tl.min(tl.where(b_same, o_r, BM), axis=0) == r):
+            r_shared, r_len = tl.where(b_same, b_shared, 0), tl.where(b_same, b_len, 0)
+            # the first chunk apart from the loop: fewer registers
+            b_m, b_l, b_acc = _chunk(
+                b_q, b_scale, s, r_shared, r_len, o_r, first, k_cache, v_cache, table, context, tail,
+                t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
             )  # fmt: skip
-            b_m, b_l, b_acc = merged(b_m, b_l, b_acc, c_m, c_l, c_acc)
-
-    o_y = o_t.to(tl.int64) * H + h
-    if SPLIT:
-        o_y = o_y * chunks + first
-        m_m = m_m & (chunk_start(first, BASE) < b_len)
-        tl.store(part_ml + o_y * 2, b_m, mask=m_m)
-        tl.store(part_ml + o_y * 2 + 1, b_l, mask=m_m)
-        tl.store(part_acc + o_y[:, None] * C + o_c[None, :], b_acc, mask=m_m[:, None] & (o_c < C)[None, :])
-    else:
-        b_y = finished(b_l, b_acc, b_len, v_scale, FP8)
-        b_y = bf16_bits(b_y) if BF16_OUT else b_y
-        tl.store(y + o_y[:, None] * C + o_c[None, :], b_y, mask=m_m[:, None] & (o_c < C)[None, :])
+            if not ONE:
+                for chunk in range(1, num_chunks(tl.max(r_len, axis=0), BASE)):
+                    c_m, c_l, c_acc = _chunk(
+                        b_q, b_scale, s, r_shared, r_len, o_r, chunk, k_cache, v_cache, table, context, tail,
+                        t_first, T, B, X, C, STRIDE, PAGE, BASE, TAIL, F16, F32, ROWS, BM, BK, CP,
+                    )  # fmt: skip
+                    b_m, b_l, b_acc = merged(b_m, b_l, b_acc, c_m, c_l, c_acc)
+            o_y = o_t.to(tl.int64) * H + h
+            if SPLIT:
+                o_y = o_y * chunks + first
+                m_y = b_same & (chunk_start(first, BASE) < b_len)
+                tl.store(part_ml + o_y * 2, b_m, mask=m_y)
+                tl.store(part_ml + o_y * 2 + 1, b_l, mask=m_y)
+                tl.store(
+                    part_acc + o_y[:, None] * C + o_c[None, :], b_acc, mask=m_y[:, None] & (o_c < C)[None, :]
+                )
+            else:
+                b_y = finished(b_l, b_acc, b_len, v_scale, FP8)
+                b_y = bf16_bits(b_y) if BF16_OUT else b_y
+                tl.store(y + o_y[:, None] * C + o_c[None, :], b_y, mask=b_same[:, None] & (o_c < C)[None, :])
 
 
 @triton.jit
@@ -359,7 +360,7 @@ def plan(
     if f32:  # 16 rows: with 64 Triton 3.6 takes the tensor cores of sm_100, and TF32 with them, whatever it is told
         BM, BK, warps, stages = 16, 16, 8, 1
     elif invariant or 16 < rows * GP <= 64:
-        BM, BK, warps, stages = 64, 64, 4, 2
+        BM, BK, warps, stages = 64, 64, 8, 2
     elif rows * GP <= 16:
         BM, BK, warps, stages = 16, 64, 4, 3
     else:
