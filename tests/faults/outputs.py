@@ -520,6 +520,11 @@ CONFIGS = {
     "claims MTP": Fault(config("use_mtp", value=True), "M27-F025", "multi-token"),
     "two rotations": Fault(config("partial_rotary_factor", value=1.0), "M27-F026", "rotary_dim"),
     "two thetas": Fault(config("rope_parameters", value={"rope_theta": 7.0}), "M27-F026", "rope_theta"),
+    "dtype float16": Fault(config("dtype", value="float16"), "M27-F030", "float16"),
+    "dtype float32": Fault(config("dtype", value="float32"), "M27-F030", "float32"),
+    "dtype no word": Fault(config("dtype", value=16), "M27-F030", "16"),
+    "torch_dtype float16 beside it": Fault(config("torch_dtype", value="float16"), "M27-F030", "torch_dtype"),
+    "dtype missing": Fault(config("dtype", value=...), "M27-F031", "no dtype"),
 }  # fmt: skip
 
 ENGINES = {

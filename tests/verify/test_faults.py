@@ -16,8 +16,8 @@ from tests.faults.subtle import SUBTLE
 
 FAULTS = PLAIN | SUBTLE
 
-ON_REQUEST = ("M27-V", "M27-R", "M27-W", "M27-L")
-"""What --gpu, --drafter and --full ask for: test_serving.py, test_drafter.py, test_full.py."""
+ON_REQUEST = ("M27-V", "M27-R", "M27-W", "M27-L", "M27-O")
+"""What --gpu, --drafter, --full, --logits and --outputs ask for: each has its own test."""
 NO_END = "M27-C023"
 """Told by report files alone, where an error ends the run: tests/cli/test_verify_unreadable.py."""
 OVERLAP = "M27-C004"

@@ -77,10 +77,11 @@ def test_the_default_level_imports_no_torch(checkpoints: dict[str, Path]) -> Non
 def test_checks_that_were_run_are_named(checkpoints: dict[str, Path]) -> None:
     quick = verify_checkpoint(checkpoints["fp8_kv"], level="quick").checks_run
     default = verify_checkpoint(checkpoints["fp8_kv"]).checks_run
-    on_request = {code for code in CHECKS if code.startswith(("M27-V", "M27-R", "M27-W", "M27-L"))} - {
+    families = ("M27-V", "M27-R", "M27-W", "M27-L", "M27-O")  # --gpu, --drafter, --full, --logits, --outputs
+    on_request = {code for code in CHECKS if code.startswith(families)} - {
         "M27-W005",
         "M27-W007",
-    }  # --gpu, --drafter, --full, --logits; small tensors are always read
+    }  # small tensors are always read
     assert set(default) == set(CHECKS) - on_request
     assert set(quick) < set(default)
     assert "M27-S001" not in quick

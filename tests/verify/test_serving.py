@@ -18,7 +18,7 @@ from m27quant.verify.engines import ENGINES, Engine
 from m27quant.verify.engines_data import ATTENTION, BACKENDS, GPUS, KNOWN
 from m27quant.verify.findings import Severity
 from m27quant.verify.inventory import expected_tensors
-from m27quant.verify.serving import Serving, check_serving, memory, pick, tensor_parallel_sizes
+from m27quant.verify.serving import STRICT, Serving, check_serving, memory, pick, tensor_parallel_sizes
 from m27quant.verify.view import View
 from tests.faults.serving import MISFITS, Misfit
 from tests.verify.sparse import M27
@@ -40,11 +40,11 @@ def view(config: M2Config | None = None) -> View:
 
 
 def test_sizes_that_work_for_every_backend() -> None:
-    assert tensor_parallel_sizes(m27()) == [1, 2, 4, 8, 24]
+    assert tensor_parallel_sizes(m27(), STRICT) == [1, 2, 4, 8, 24]
 
 
 def test_sizes_that_work_for_backends_that_pad() -> None:
-    assert tensor_parallel_sizes(m27(), multiple=16) == [1, 2, 4, 8, 16, 24, 48]
+    assert tensor_parallel_sizes(m27()) == [1, 2, 4, 8, 16, 24, 48]
 
 
 @pytest.mark.parametrize("tp", [3, 6, 12, 32, 64])
@@ -56,7 +56,22 @@ def test_sizes_that_never_work(tp: int) -> None:
 
 def test_other_sizes_of_the_model() -> None:
     c = dataclasses.replace(m27(), num_attention_heads=24, num_key_value_heads=3, intermediate_size=768)
-    assert tensor_parallel_sizes(c) == [1, 3, 6, 12]
+    assert tensor_parallel_sizes(c, STRICT) == [1, 3, 6, 12]
+    assert tensor_parallel_sizes(c) == [1, 3, 6, 12, 24]
+
+
+@pytest.mark.parametrize("gpu", [None, *GPUS])
+def test_the_sizes_that_are_listed_are_those_that_no_error_forbids(gpu: str | None) -> None:
+    """Without a GPU and where a backend pads, all of them; elsewhere those that need no padding."""
+    small = dataclasses.replace(m27(), num_attention_heads=8, num_key_value_heads=2, intermediate_size=64)
+    for c in (m27(), small):
+        pads = gpu is None or pick("vllm", GPUS[gpu]).needs == 16
+        works = []
+        for tp in range(1, 65):
+            found = Findings()
+            check_serving(view(c), found, Serving(gpu=gpu, tp=tp), ("vllm",))
+            works += [] if found.codes() & {"M27-V001", "M27-V002"} else [tp]
+        assert works == (tensor_parallel_sizes(c) if pads else tensor_parallel_sizes(c, STRICT))
 
 
 @pytest.mark.parametrize("misfit", MISFITS.values(), ids=MISFITS)

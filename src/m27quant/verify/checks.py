@@ -390,10 +390,10 @@ _check(
     _engines("1.0 and one warning", "1.0"),
 )  # fmt: skip
 _check(
-    "M27-S018", WARNING, "global scales look like reciprocals",
-    "Half of these scales stand for weights or inputs that no model has. compressed-tensors stores 2688/amax where "
-    "modelopt stores amax/2688; with --source, M27-W012 proves it.",
-    "Store the reciprocals: weight_scale_2 = amax/2688, input_scale = amax/2688.", _AS_IS,
+    "M27-S018", ERROR, "global scales look like reciprocals",
+    "Half of these scales stand for weights beyond 2,688, or inputs beyond 268,800: no model has them. "
+    "compressed-tensors stores 2688/amax where modelopt stores amax/2688; with --source, M27-W012 proves it.",
+    "Store the reciprocals: weight_scale_2 = amax/2688, input_scale = amax/2688.", _GARBAGE,
 )  # fmt: skip
 _check(
     "M27-S019", WARNING, "KV scale far from the other layers'",
@@ -429,9 +429,9 @@ _check(
     "Compare with the original: `m27quant verify CHECKPOINT --full --source MODEL`.", _AS_IS,
 )  # fmt: skip
 _check(
-    "M27-W004", WARNING, "codes are saturated",
+    "M27-W004", ERROR, "codes are saturated",
     "More than half of a matrix's codes are 6, the largest: its scales are far too small and weights are clipped.",
-    "Quantize with scales from the blocks' own maxima.", _AS_IS,
+    "Quantize with scales from the blocks' own maxima.", _GARBAGE,
 )  # fmt: skip
 _check(
     "M27-W005", ERROR, "weight is NaN or infinite", "A tensor of 16 or 32 bits holds numbers that are none.",
@@ -642,17 +642,17 @@ _check(
     _engines("spurious spaces, by version", "spurious spaces, by version", "wrong in early 5.x"),
 )  # fmt: skip
 _check(
-    "M27-F021", WARNING, "tokenizer is missing", "No tokenizer.json in the folder.",
+    "M27-F021", ERROR, "tokenizer is missing", "No tokenizer.json in the folder.",
     "Copy it from the original.",
     _engines("needs --tokenizer", "needs --tokenizer-path", "cannot load a tokenizer"),
 )  # fmt: skip
 _check(
-    "M27-F022", WARNING, "chat template is missing", "Neither chat_template.jinja nor one in tokenizer_config.json.",
+    "M27-F022", ERROR, "chat template is missing", "Neither chat_template.jinja nor one in tokenizer_config.json.",
     "Copy chat_template.jinja from the original.",
     _engines("chat requests fail", "a wrong default template", "chat templates fail"),
 )  # fmt: skip
 _check(
-    "M27-F023", WARNING, "special token is missing", "The tokenizer does not know one of M2's special tokens.",
+    "M27-F023", ERROR, "special token is missing", "The tokenizer does not know one of M2's special tokens.",
     "Copy tokenizer.json from the original.",
     _engines("turns, thinking or tool calls are not recognized", "as vLLM", "as vLLM"),
 )  # fmt: skip
@@ -680,9 +680,24 @@ _check(
     _engines("rotates wrongly: garbage", "rotates wrongly: garbage", "rotates wrongly: garbage"),
 )  # fmt: skip
 _check(
-    "M27-F028", WARNING, "chat template is not usable", "The chat template is empty, or Jinja cannot compile it.",
+    "M27-F028", ERROR, "chat template is not usable", "The chat template is empty, or Jinja cannot compile it.",
     "Copy chat_template.jinja from the original.",
     _engines("chat requests fail", "chat requests fail", "apply_chat_template fails"),
+)  # fmt: skip
+_check(
+    "M27-F030", ERROR, "dtype is not bfloat16",
+    "dtype (torch_dtype in older files) is what attention, norms and all activations are computed in. MiniMax-M2.x is "
+    "trained in BF16, whose range FP16 does not have: what is beyond 65,504 becomes infinite.",
+    'Set "dtype": "bfloat16", as the official config.json has it.',
+    _engines("float16: computes in FP16; float32: BF16 instead, with a line in the log; another word: error on load",
+             "computes in FP16, silently, for float32 and unknown words, too",
+             "computes in what it says; another word: error on load"),
+)  # fmt: skip
+_check(
+    "M27-F031", WARNING, "dtype is not told",
+    "Neither dtype nor torch_dtype: each engine decides for itself what it computes in.",
+    'Add "dtype": "bfloat16".',
+    _engines("looks at the tensors: BF16", "takes float32 for granted and computes in FP16", "takes the tensors'"),
 )  # fmt: skip
 
 # -- engines ---------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ ALGORITHM = "NVFP4"
 OFFICIAL_SIZE = (3072, 62)
 """Hidden size and layers of M2, M2.1, M2.5 and M2.7."""
 OFFICIAL_ROTATION = {"rotary_dim": 64, "rope_theta": 5_000_000, "head_dim": 128}
+DTYPE, DTYPE_KEYS = "bfloat16", ("dtype", "torch_dtype")
+"""What engines compute in; transformers 4 has the second name."""
 
 
 @dataclass(slots=True)
@@ -91,6 +93,7 @@ def check_configs(view: View, found: Findings) -> None:
         _check_section(view, found)
         _check_agreement(view, found)
         _check_claims(view, found)
+        _check_dtype(view.raw_config, found)
     _check_tokenizer(files, view, found)
 
 
@@ -175,6 +178,19 @@ def _check_claims(view: View, found: Findings) -> None:
                 found.add(
                     "M27-F019", f"auto_map names {escape(module)}, which is not in the folder", file=module
                 )
+
+
+def _check_dtype(raw: dict[str, Any], found: Findings) -> None:
+    """What the parts that are not quantized are loaded as and computed in."""
+    told = {key: raw[key] for key in DTYPE_KEYS if raw.get(key) is not None}
+    if not told:
+        found.add("M27-F031", f"{CONFIG}: no dtype", file=CONFIG, expected=DTYPE, found="nothing")
+    for key, value in told.items():
+        if value != DTYPE:
+            found.add(
+                "M27-F030", f"{CONFIG}: {key} is {_shown(value)}, expected {DTYPE}",
+                file=CONFIG, expected=DTYPE, found=_shown(value),
+            )  # fmt: skip
 
 
 # -- quantization sections -------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from m27quant.verify.findings import Finding, Severity, VerifyResult
 from m27quant.verify.findings import select as keep
 from m27quant.verify.inventory import check_inventory
 from m27quant.verify.locate import find_checkpoint
-from m27quant.verify.serving import Serving, check_serving, tensor_parallel_sizes
+from m27quant.verify.serving import STRICT, Serving, check_serving, tensor_parallel_sizes
 from m27quant.verify.types import check_types
 from m27quant.verify.view import View
 
@@ -261,6 +261,7 @@ def _facts(view: View) -> dict[str, Any]:
             "intermediate_size": c.intermediate_size,
             "vocab_size": c.vocab_size,
             "tensor_parallel_sizes": tensor_parallel_sizes(c),
+            "tensor_parallel_sizes_without_padding": tensor_parallel_sizes(c, STRICT),
         }
     return facts
 

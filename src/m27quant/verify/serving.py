@@ -92,8 +92,11 @@ def check_serving(
     return {engine: _check_engine(engine, view, c, serving, found) for engine in engines}
 
 
-def tensor_parallel_sizes(c: M2Config, multiple: int = STRICT) -> list[int]:
-    """Sizes up to 64 that divide heads and experts so that each GPU's columns of w2 are such a multiple."""
+def tensor_parallel_sizes(c: M2Config, multiple: int = GROUP_SIZE) -> list[int]:
+    """Sizes up to 64 that divide heads and experts so that each GPU's columns of w2 are such a multiple.
+
+    `GROUP_SIZE` is enough for backends that pad, `STRICT` for every one.
+    """
     return [
         tp
         for tp in range(1, MAX_LISTED_TP + 1)
@@ -179,9 +182,9 @@ def _check_engine(
 
 def _smallest(engine: Engine, view: View, c: M2Config, serving: Serving, gpu: Gpu | None) -> int:
     """The fewest GPUs that hold weights and context; the most that are possible where none do."""
-    sizes = tensor_parallel_sizes(c) or [1]
     if gpu is None:
-        return sizes[0]
+        return 1
+    sizes = tensor_parallel_sizes(c, pick(engine, gpu).needs) or [1]
     for tp in sizes:
         if serving.ep is not None and (serving.ep % tp if engine == "vllm" else tp % serving.ep):
             continue
