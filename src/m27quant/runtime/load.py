@@ -14,6 +14,7 @@ from m27quant.runtime.kv_cache import CacheShape, KvCache
 from m27quant.runtime.memory import Budget, MemoryPlan, step_bytes
 from m27quant.runtime.model import Model
 from m27quant.runtime.options import RunOptions
+from m27quant.runtime.parallel import join, local_device
 from m27quant.runtime.speculative.proposal import Drafter
 from m27quant.runtime.weights import choose_form, load_model, weight_bytes
 
@@ -43,7 +44,9 @@ def load_llm(
         EnvironmentFault: no such device, or it does not fit.
         UsageError: options that do not go with the checkpoint.
     """
-    device = pick_device(options.device)
+    device = pick_device(local_device(options.device))
+    ranks = join(device)
+    ranks.check(source.config)
     form = choose_form(
         source,
         activations=options.activations,
@@ -54,14 +57,19 @@ def load_llm(
     config = source.config
     longest = min(config.max_position_embeddings, options.max_model_len or config.max_position_embeddings)
     budget = Budget.of(device, options.max_memory)
-    needed = weight_bytes(source, form, longest)
+    needed = weight_bytes(source, form, longest, ranks)
 
     def plan(taps: int, drafts: int, drafter_bytes: int) -> tuple[CacheShape, MemoryPlan]:
         shape = CacheShape(
-            num_layers=config.num_hidden_layers, num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
-            dtype=form.kv_dtype, block_size=options.block_size, num_taps=taps, hidden_size=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=config.num_key_value_heads // ranks.size,
+            head_dim=config.head_dim,
+            dtype=form.kv_dtype,
+            block_size=options.block_size,
+            num_taps=taps,
+            hidden_size=config.hidden_size,
             taps_dtype=form.dtype,
-        )  # fmt: skip
+        )
         logits = options.max_num_seqs * (1 + drafts)
         return shape, budget.plan(
             shape,
@@ -76,12 +84,17 @@ def load_llm(
 
     plan(0, 0, 0)  # refused before anything is read
     model = load_model(
-        source, form, max_length=longest, invariant=_is_invariant(options, device), progress=progress
+        source,
+        form,
+        max_length=longest,
+        invariant=_is_invariant(options, device),
+        ranks=ranks,
+        progress=progress,
     )
     drafting = make_drafter(model) if make_drafter else None
     taps, drafts = (len(drafting.taps), drafting.num_draft_tokens) if drafting else (0, 0)
     shape, memory = plan(taps, drafts, getattr(drafting, "nbytes", 0))
-    cache = KvCache(shape, memory.num_blocks, device)
+    cache = KvCache(shape, ranks.smallest(memory.num_blocks, device), device)
     taken = replace(options, activations=form.activations)
     llm = LLM(model, cache, source.folder, taken, memory, drafting, notices=form.notices)
     for line in (*llm.notices, form.describe(), memory.describe()):

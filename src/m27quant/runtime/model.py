@@ -20,6 +20,7 @@ from m27quant.kernels.rms_norm import rms_norm
 from m27quant.runtime import layer as M
 from m27quant.runtime.experts import Experts
 from m27quant.runtime.kv_cache import KvCache
+from m27quant.runtime.parallel import ALONE, Ranks
 
 Observe = Callable[[int, Tensor, M.Routing], None]
 
@@ -69,7 +70,7 @@ class Model:
         head_VD: Tensor,
         max_length: int,
         invariant: bool,
-        ops: M.Ops | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Take the weights.
 
@@ -81,11 +82,11 @@ class Model:
             head_VD: the head.
             max_length: positions are below it.
             invariant: what a row gives depends on its sequence alone, bit for bit.
-            ops: products and norms; the kernels' where None.
+            ranks: who holds the other heads and experts.
         """
         self.config, self.invariant = config, invariant
         self.embedding, self.layers, self.norm, self.head = embedding_VD, layers, norm_D, head_VD
-        self.ops = ops or kernel_ops(invariant)
+        self.ranks, self.ops = ranks, _ops(invariant, ranks)
         positions = torch.arange(max_length, device=embedding_VD.device)
         # once for all: a cosine's last bit may depend on how many are computed at a time
         self.rotary = M.rotary_table(positions, config, embedding_VD.dtype)
@@ -97,6 +98,11 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.dtype
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Of this rank."""
+        return self.config.num_key_value_heads // self.ranks.size
 
     @property
     def nbytes(self) -> int:
@@ -151,10 +157,12 @@ class Model:
         return attend
 
 
-def kernel_ops(invariant: bool, reduce: Callable[[Tensor], Tensor] | None = None) -> M.Ops:
+def _ops(invariant: bool, ranks: Ranks) -> M.Ops:
     """The kernels of whatever device the tensors are on."""
-    ops = M.Ops(partial(linear, invariant=invariant), rms_norm, rotary.qk_norm_rope)
-    return ops if reduce is None else M.Ops(ops.linear, ops.norm, ops.qk_norm_rope, reduce)
+    product = partial(linear, invariant=invariant)
+    if ranks.size == 1:
+        return M.Ops(product, rms_norm, rotary.qk_norm_rope)
+    return M.Ops(product, rms_norm, ranks.qk_norm_rope, ranks.sum)
 
 
 def _tap(cache: KvCache, taps: Sequence[int], state: int, rows: Rows, x_TD: Tensor) -> None:

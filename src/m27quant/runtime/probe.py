@@ -34,7 +34,7 @@ def _one_sequence(model: Model, ids: Sequence[int], num_taps: int) -> tuple[Rows
     """All of a text in one forward pass, with a cache of its own in the model's dtype."""
     config, device, size = model.config, model.device, len(ids)
     shape = CacheShape(
-        num_layers=config.num_hidden_layers, num_kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
+        num_layers=config.num_hidden_layers, num_kv_heads=model.num_kv_heads, head_dim=config.head_dim,
         dtype=model.dtype, block_size=size, num_taps=num_taps, hidden_size=config.hidden_size,
         taps_dtype=model.dtype,
     )  # fmt: skip

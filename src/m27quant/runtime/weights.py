@@ -29,6 +29,7 @@ from m27quant.runtime.loader import (
 )
 from m27quant.runtime.model import LayerWeights, Model
 from m27quant.runtime.options import Activations, KvCacheDtype
+from m27quant.runtime.parallel import ALONE, Ranks
 
 _ITEM_BYTES = {"BF16": 2, "F32": 4, "F16": 2, "F8_E4M3": 1, "U8": 1}
 
@@ -91,13 +92,15 @@ def choose_form(
     )
 
 
-def weight_bytes(source: Source, form: Form, max_length: int) -> int:
-    """Bytes that the weights and the rotary table will take in memory."""
+def weight_bytes(source: Source, form: Form, max_length: int, ranks: Ranks = ALONE) -> int:
+    """Bytes that the weights and the rotary table will take in one rank's memory."""
     total = 2 * max_length * source.config.rotary_dim * form.dtype.itemsize
     for name, info in source.tensors.items():
         elements = info.nbytes // _ITEM_BYTES.get(info.dtype, 1)
         if ".experts." in name and isinstance(source, QuantizedSource):
-            total += info.nbytes
+            total += info.nbytes // ranks.size
+        elif ".experts." in name or "_proj.weight" in name:
+            total += 0 if name.endswith("_scale_inv") else elements * form.dtype.itemsize // ranks.size
         elif name.endswith("_scale_inv"):
             continue
         elif ".gate." in name or name.endswith("_bias"):
@@ -113,6 +116,7 @@ def load_model(
     *,
     max_length: int,
     invariant: bool,
+    ranks: Ranks = ALONE,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Model:
     """Read every tensor of a checkpoint whose layout has been checked.
@@ -122,6 +126,7 @@ def load_model(
         form: see `choose_form`.
         max_length: tokens of the longest sequence.
         invariant: see `Model`.
+        ranks: of several the heads and experts of this one are loaded.
         progress: called with layers done and layers in all.
 
     Raises:
@@ -130,7 +135,7 @@ def load_model(
     layers = []
     total = source.config.num_hidden_layers
     for index in range(total):
-        layers.append(_layer(source, index, form))
+        layers.append(_layer(source, index, form, ranks))
         progress(index + 1, total)
 
     def plain(name: str) -> torch.Tensor:
@@ -144,20 +149,22 @@ def load_model(
         head_VD=plain(names.LM_HEAD),
         max_length=max_length,
         invariant=invariant,
+        ranks=ranks,
     )
 
 
-def _layer(source: Source, index: int, form: Form) -> LayerWeights:
+def _layer(source: Source, index: int, form: Form, ranks: Ranks) -> LayerWeights:
     experts: Experts
+    mine = range(source.config.num_local_experts)[ranks.part(source.config.num_local_experts)]
     if isinstance(source, QuantizedSource):
-        experts = _packed_experts(source, index, form)
+        experts = _packed_experts(source, index, form, mine)
     else:
-        experts = _plain_experts(source, index, form)
+        experts = _plain_experts(source, index, form, mine)
     k_scale, v_scale = (
         _kv_scale(source, name, form) for name in (names.k_scale(index), names.v_scale(index))
     )
     return LayerWeights(
-        attention=attention_weights(source, index, form.device, form.dtype),
+        attention=ranks.attention(attention_weights(source, index, form.device, form.dtype)),
         router=router_weights(source, index, form.device, form.dtype),
         experts=experts,
         k_scale=k_scale,
@@ -165,12 +172,13 @@ def _layer(source: Source, index: int, form: Form) -> LayerWeights:
     )
 
 
-def _packed_experts(source: Source, layer: int, form: Form) -> PackedExperts:
+def _packed_experts(source: Source, layer: int, form: Form, mine: range) -> PackedExperts:
     c = source.config
     weights = ExpertWeights.empty(
-        c.num_local_experts, c.hidden_size, c.intermediate_size, activations=form.activations, device=form.device
+        c.num_local_experts, c.hidden_size, c.intermediate_size, activations=form.activations, device=form.device,
+        first=mine.start, count=len(mine),
     )  # fmt: skip
-    for expert in range(c.num_local_experts):
+    for expert in mine:
         modules = [names.expert(layer, expert, p) for p in names.EXPERT_PROJECTIONS]
         w1, w2, w3 = (_read_packed(source, module) for module in modules)
         scale_13 = scale_2 = None
@@ -192,16 +200,15 @@ def _read_packed(source: Source, module: str) -> PackedNVFP4:
     )
 
 
-def _plain_experts(source: Source, layer: int, form: Form) -> PlainExperts:
-    c = source.config
+def _plain_experts(source: Source, layer: int, form: Form, mine: range) -> PlainExperts:
     matrices = []
-    for expert in range(c.num_local_experts):
+    for expert in mine:
         w1, w2, w3 = (
             dequantize_linear(source, names.expert(layer, expert, p), form.device, form.dtype)
             for p in names.EXPERT_PROJECTIONS
         )
         matrices.append((w1, w2, w3))
-    return PlainExperts(matrices, 0, c.num_local_experts)
+    return PlainExperts(matrices, mine.start, source.config.num_local_experts)
 
 
 def _kv_scale(source: Source, name: str, form: Form) -> torch.Tensor:
