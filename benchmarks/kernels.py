@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--experts", type=int, help="by default all 256, or as many as the memory holds")
     parser.add_argument("--tokens", help="by default 1,8,64, on CUDA 1,8,32,256,1024,4096")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--sweep", action="store_true", help="on CUDA: also time tiles that the table does not take"
+    )
     parser.add_argument("--save", action="store_true", help="write JSON and markdown to benchmarks/results/")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -73,7 +76,10 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         results |= kernels_gpu.measure(
-            device, tokens if args.tokens else kernels_gpu.TOKENS, rounds=args.rounds
+            device,
+            tokens if args.tokens else kernels_gpu.TOKENS,
+            rounds=args.rounds,
+            tiles_too=args.sweep,
         )
         copy = results["limits"]["copy_bytes_per_s"]
         results["ops"] = kernels_gpu_ops.measure(device, copy, args.rounds)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import kernels_peers
 from m27quant.kernels import dispatch, nvfp4_gemm, nvfp4_moe
-from m27quant.kernels.nvfp4_gemm import Activations
+from m27quant.kernels.nvfp4_gemm import Activations, tiles
 from m27quant.kernels.nvfp4_moe import ExpertWeights, reference
 from m27quant.kernels.nvfp4_pack import PackedNVFP4, unpack
 from m27quant.kernels.nvfp4_quantize import fake_quantize
@@ -33,6 +34,17 @@ NAMES = {"nvfp4": "W4A4", "bf16": "W4A16"}
 CHECKED = 16
 """Tokens of a batch that are compared with the reference."""
 CLOSE_DB = 40.0
+
+
+CANDIDATES = [
+    tiles.Tile(*tile)
+    for tile in (
+        (64, 16, 256, 4, 4), (64, 16, 256, 4, 3), (64, 16, 128, 4, 5), (128, 16, 128, 4, 4), (128, 16, 256, 8, 3),
+        (128, 32, 128, 4, 4), (64, 32, 256, 4, 3), (128, 32, 256, 8, 3), (128, 64, 128, 4, 3), (128, 64, 128, 8, 3),
+        (64, 64, 128, 4, 4), (128, 128, 64, 8, 4), (128, 128, 128, 8, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3),
+    )
+]  # fmt: skip
+"""Rows of weights, tokens, columns, warps, stages."""
 
 
 class Sizes(NamedTuple):
@@ -61,7 +73,12 @@ class Batch(NamedTuple):
 
 
 def measure(
-    device: torch.device, tokens: Sequence[int] = TOKENS, sizes: Sizes | None = None, rounds: int = 20
+    device: torch.device,
+    tokens: Sequence[int] = TOKENS,
+    sizes: Sizes | None = None,
+    rounds: int = 20,
+    *,
+    tiles_too: bool = False,
 ) -> dict[str, Any]:
     """Everything, as plain data; microseconds are of one layer's experts, or of one product."""
     sizes = sizes or Sizes()
@@ -75,6 +92,7 @@ def measure(
         "limits": limits,
         "moe": [measure_moe(layer, T, rounds, limits) for T in tokens],
         "gemm": [measure_gemm(layer, T, rounds) for T in tokens],
+        "sweep": sweep(layer, tokens, rounds) if tiles_too else [],
     }
     return found | {"seconds": round(time.perf_counter() - started, 1)}
 
@@ -272,6 +290,24 @@ def torch_plain(layer: Layer, batch: Batch) -> Tensor:
     return y_TD.bfloat16()
 
 
+def sweep(layer: Layer, tokens: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    """W4A16 with other tiles than the table's: what to put there for this chip.  Wrong ones are not timed either."""
+    found = []
+    for T in tokens:
+        batches = [layer.batch(T, seed) for seed in range(max(1, min(8, 4096 // T)))]
+        runs = [lambda b=b: nvfp4_moe.moe(b.x, layer.ours["bf16"], *b[1:]) for b in batches]  # type: ignore[misc]
+        times: dict[str, float | str] = {}
+        for tile in CANDIDATES:
+            with mock.patch.object(tiles, "bf16", return_value=tile):
+                try:
+                    check(layer, batches[0], "bf16", False)
+                    times[str(tuple(tile))] = microseconds(runs, layer.device, rounds)
+                except (Exception, SystemExit) as error:  # noqa: BLE001  # it may be wrong, or not compile, or not fit
+                    times[str(tuple(tile))] = type(error).__name__
+        found.append({"tokens": T, "us": times})
+    return found
+
+
 RIVALS: dict[str, Callable[[Layer, Batch], Tensor]] = {
     "torch BF16, grouped_mm": torch_grouped,
     "torch BF16, plain": torch_plain,
@@ -319,13 +355,19 @@ def describe(results: dict[str, Any]) -> dict[str, str]:
         f"Measured in this run: copy {limits['copy_bytes_per_s'] / 1e12:.2f} TB/s (read and written), BF16 products "
         f"{limits['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s. {results['seconds']} s in all."
     )
+    found = {}
+    if results["sweep"]:
+        sizes = [str(row["tokens"]) for row in results["sweep"]]
+        names = list(results["sweep"][0]["us"])
+        rows = [[n, *(_time(row["us"][n], None) for row in results["sweep"])] for n in names]
+        found["W4A16 with other tiles, µs"] = _table(["tile", *(f"{n} tokens" for n in sizes)], rows)
     backends = "; ".join(f"{op}: {reason}" for op, reason in results["backends"].items())
     return {
         "Limits": f"{measured}\n\n{backends}.",
         "Experts of a layer, µs (share of the limit)": _table(head, lines)
         + "\n\nOurs and grouped_mm in a CUDA graph; the others launched one by one, as they may wait for the host.",
         "One product [D, D], µs": _table(["tokens", *gemm_names], gemm),
-    }
+    } | found
 
 
 def _time(value: float | str | None, share: float | None) -> str:

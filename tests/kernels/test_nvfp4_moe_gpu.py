@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def run(x: Tensor, weights: ExpertWeights, experts: Tensor, w: Tensor, *, invari
 def check_tokens(device: torch.device) -> None:
     for activations in MODES:
         weights = fill(activations, device)
-        for T, dtype in ((0, torch.bfloat16), (1, torch.float32), (1, torch.bfloat16), (15, torch.bfloat16)):
+        for T, dtype in ((0, torch.bfloat16), (1, torch.float32), (1, torch.bfloat16), (9, torch.bfloat16)):
             x, experts, w = tokens(T, dtype)
             y = run(x, weights, experts, w)
             assert y.dtype == dtype
@@ -147,10 +148,28 @@ def check_silu(device: torch.device) -> None:
     assert ((y - wanted).abs() <= 2.0**-20 * wanted.abs() + 1e-36).all()
 
 
+def check_benchmark(device: torch.device) -> None:
+    """The benchmark for GPUs at a small size: it runs through, and stops before it times a wrong result."""
+    from benchmarks import kernels_gpu
+
+    sizes = kernels_gpu.Sizes(D=32, I=16, E=3, K=2)
+    results = kernels_gpu.measure(device, (2,), sizes, 1)
+    times = results["moe"][0]["us"]
+    assert {"W4A4", "W4A4, invariant", "W4A16", "torch BF16, grouped_mm"} <= set(times)
+    assert all(isinstance(t, float) for t in times.values()), times
+    assert "| 2 | " in kernels_gpu.describe(results)["Experts of a layer, µs (share of the limit)"]
+    right = kernels_gpu.nvfp4_moe.moe
+    with (
+        mock.patch.object(kernels_gpu.nvfp4_moe, "moe", lambda *a, **k: 1.02 * right(*a, **k)),
+        pytest.raises(SystemExit, match="W4A4 experts, 2 tokens: wrong"),
+    ):
+        kernels_gpu.measure(device, (2,), sizes, 1)
+
+
 def cases() -> Iterator[str]:
     """Each check for the BF16 product, those in which quantized activations count for the FP4 product."""
     yield from (f"90 {name}" for name in CHECKS)
-    yield from ("100 tokens", "100 routing", "100 shared", "120 tokens")
+    yield from ("100 tokens", "100 routing", "100 shared", "120 tokens", "90 benchmark")
 
 
 def test_experts_in_the_interpreter() -> None:
