@@ -446,6 +446,7 @@ SCALES = {
         ("w3's input scale", times(f"{W3}.input_scale", 1.5), "M27-S005", f"{W3}.input_scale"),
         ("cold expert", number(f"{W2}.input_scale", FALLBACK), "M27-S006", f"{W2}.input_scale"),
         ("input scale 1.0", number(f"{W2}.input_scale", 1.0), "M27-S007", f"{W2}.input_scale"),
+        ("global scale 1.0", number(f"{W2}.weight_scale_2", 1.0), "M27-S021", f"{W2}.weight_scale_2"),
         ("raw FP8 codes", numbers(EXPERTS + r"\.weight_scale_2", 448 / 2688), "M27-S008", "weight_scale_2"),
         ("input scale too small", times(f"{W2}.input_scale", 1 / 100), "M27-S009", f"{W2}.input_scale"),
         ("input scale too large", times(f"{W2}.input_scale", 500), "M27-S010", f"{W2}.input_scale"),

@@ -409,6 +409,13 @@ _check(
     "Store block scales row by row; engines swizzle them on load.", _GARBAGE,
 )  # fmt: skip
 
+_check(
+    "M27-S021", ERROR, "weights that no model has",
+    "6 times the largest block scale times weight_scale_2 is beyond 1,000, which no trained weight comes near: a "
+    "global scale of 1.0 that nobody computed, or a damaged number.",
+    "Take weight_scale_2 from the source's maximum divided by 2688.", _GARBAGE,
+)  # fmt: skip
+
 # -- weights: level full; from W010 on with a source -----------------------------------------------
 
 _FETCH = "Download the file again, or quantize again."

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from m27quant.verify.outputs import OutputsOptions
 
 Level = Literal["quick", "default", "full"]
-NEEDS_SCALES = {f"M27-S{number:03d}" for number in range(1, 21) if number != 17}
+NEEDS_SCALES = {f"M27-S{number:03d}" for number in range(1, 22) if number != 17}
 """What headers cannot tell."""
 OF_WEIGHTS, FIRST_OF_SOURCE = "M27-W", "M27-W010"
 OF_SMALL_TENSORS = ("M27-W005", "M27-W007")

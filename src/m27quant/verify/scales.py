@@ -16,7 +16,7 @@ from m27quant.checkpoint.config import GROUP_SIZE, M2Config
 from m27quant.checkpoint.header import TensorInfo
 from m27quant.progress import ProgressCallback, ignore
 from m27quant.verify.collect import Findings
-from m27quant.verify.plausible import check_kv_outliers, check_reciprocals
+from m27quant.verify.plausible import check_kv_outliers, check_largest_weight, check_reciprocals
 from m27quant.verify.reading import Room, read_tensors
 from m27quant.verify.scale_order import check_scale_order
 from m27quant.verify.stream import Meter
@@ -51,7 +51,7 @@ def check_scales(view: View, found: Findings, progress: ProgressCallback = ignor
         check_reciprocals(table_LEP, part, found)
     check_kv_outliers(scalars, c, found)
     _check_kv(scalars, c, found)
-    _check_block_scales(view, found, progress)
+    _check_block_scales(view, scalars, found, progress)
 
 
 def _right(view: View, endings: tuple[str, ...]) -> Iterable[TensorInfo]:
@@ -169,7 +169,9 @@ def _check_kv(scalars: dict[str, np.float32], c: M2Config, found: Findings) -> N
 # -- block scales ----------------------------------------------------------------------------------
 
 
-def _check_block_scales(view: View, found: Findings, progress: ProgressCallback) -> None:
+def _check_block_scales(
+    view: View, scalars: dict[str, np.float32], found: Findings, progress: ProgressCallback
+) -> None:
     infos = list(_right(view, (".weight_scale",)))
     meter = Meter(sum(info.nbytes for info in infos), progress)
     room = Room()
@@ -180,6 +182,7 @@ def _check_block_scales(view: View, found: Findings, progress: ProgressCallback)
             continue
         check_scale_order(view, info, codes.reshape(info.shape), found)
         largest = codes.max()
+        check_largest_weight(info.name, int(largest), scalars.get(f"{info.name}_2"), found)
         if largest > LARGEST:
             _report_bad_codes(info, codes, found)
         if codes.min() == 0 or largest >= SIGN:
