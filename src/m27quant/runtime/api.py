@@ -15,6 +15,7 @@ from m27quant.runtime.blocks import Blocks
 from m27quant.runtime.detokenize import Detokenizer
 from m27quant.runtime.engine import Engine
 from m27quant.runtime.generation import SamplingParams, derived_seed, read_generation_config
+from m27quant.runtime.graphs import Graphs
 from m27quant.runtime.kv_cache import KvCache
 from m27quant.runtime.memory import MemoryPlan
 from m27quant.runtime.model import Model
@@ -120,6 +121,8 @@ class LLM:
             num_draft_tokens=drafter.num_draft_tokens if drafter else 0,
         )
         self.engine = Engine(model, cache, scheduler, drafter)
+        if options.cuda_graphs and model.device.type == "cuda" and model.ranks.size == 1:
+            self.engine.graphs = Graphs(model, cache, self.engine.taps)
         longest = min(config.max_position_embeddings, cache.num_blocks * options.block_size + 1)
         self.max_model_len = min(longest, options.max_model_len or longest)
         self._number = 0

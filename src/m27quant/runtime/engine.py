@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from m27quant.runtime.batch import Part, build_rows, wanted_rows
+from m27quant.runtime.graphs import MAX_ROWS, Graphs
 from m27quant.runtime.kv_cache import KvCache
 from m27quant.runtime.model import Model
 from m27quant.runtime.sampling import NO_CHOICE, choose, log_probabilities
@@ -39,6 +40,8 @@ class Engine:
     ) -> None:
         self.model, self.cache, self.scheduler, self.drafter = model, cache, scheduler, drafter
         self.taps = drafter.taps if drafter else ()
+        self.graphs: Graphs | None = None
+        """Takes decoding steps, where there is one."""
         self.totals = Totals()
 
     @torch.inference_mode()
@@ -86,6 +89,9 @@ class Engine:
     def _forward(self, parts: Many[Part]) -> Tensor:
         """F32 logits of every row that a token is chosen behind."""
         rows = build_rows(parts, self.cache, self.model.device)
+        decoding = all(part.num_choices == part.num_rows for part in parts)
+        if self.graphs is not None and decoding and len(rows.ids_T) <= MAX_ROWS:
+            return self.graphs.logits(rows)
         x_TD = self.model.forward(rows, self.cache, self.taps)
         return self.model.logits(x_TD[wanted_rows(parts, self.model.device)])
 

@@ -42,9 +42,9 @@ class KvCache:
         self.keys = [torch.empty(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
         self.values = [torch.empty(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
         self.taps: Tensor | None = None
-        """[num_blocks * block_size, K, D] by slot."""
+        """[num_blocks * block_size + 1, K, D] by slot; what goes to slot -1 goes to the last, which nobody reads."""
         if shape.num_taps:
-            taps = (num_blocks * shape.block_size, shape.num_taps, shape.hidden_size)
+            taps = (num_blocks * shape.block_size + 1, shape.num_taps, shape.hidden_size)
             self.taps = torch.empty(taps, dtype=shape.taps_dtype, device=device)
 
     @property

@@ -38,6 +38,8 @@ class RunOptions:
     """Tokens of a block of the cache."""
     prefix_caching: bool = True
     """Reuse what the cache has of a prompt's beginning."""
+    cuda_graphs: bool = True
+    """On a GPU, decoding steps are captured once and replayed."""
     seed: int = 0
     """What requests without a seed derive theirs from."""
 
