@@ -108,7 +108,7 @@ def _candidates(logits_V: Tensor, p: SamplingParams) -> tuple[Tensor, Tensor]:
         if float(torch.logsumexp(logits, 0) - log_total) > math.log(p.top_p) + 1e-9:
             rest = (scaled_V.exp().sum() - logits.exp().sum()).clamp(min=0).log()
             # the rest takes part in the sum as one candidate, behind the end that top-p cuts at
-            return torch.cat((ids, ids[-1:])), torch.cat((logits, rest[None]))
+            return torch.cat((ids, ids[-1:])), torch.cat((logits, rest[None].cpu()))
     return _sorted_candidates(scaled_V, V)
 
 
