@@ -9,6 +9,7 @@ versions 64 rows of weights on sm_100a leave the FP4 tensor cores, and 256 by 25
 from __future__ import annotations
 
 import re
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -31,15 +32,15 @@ INSTRUCTIONS = 4.0
 nothing else to do; see docs/kernels.md."""
 
 
-def layer(arch: int, activations: Activations, T: int, **options: object) -> list[aot.Compiled]:
+def layer(arch: int, activations: Activations, T: int, **options: Any) -> list[aot.Compiled]:
     """All kernels of one MoE layer for T tokens."""
-    dtype, invariant = options.get("dtype", torch.bfloat16), bool(options.get("invariant"))
-    with aot.launches(arch, str(options.get("only", ""))) as compiled:
-        *tensors, _ = moe_gpu.empty(E, D, I, activations, torch.device("meta"))
-        x, experts = aot.meta(T, D, dtype=dtype), aot.meta(T, K, dtype=torch.int64)  # type: ignore[arg-type]
+    dtype = options.get("dtype", torch.bfloat16)
+    with aot.launches(arch, options.get("only", "")) as compiled:
+        *tensors, _ = moe_gpu.empty(E, D, options.get("intermediate", I), activations, torch.device("meta"))
+        x, experts = aot.meta(T, D, dtype=dtype), aot.meta(T, K, dtype=torch.int64)
         bounds = torch.tensor([1.0, 2.0 if options.get("by_slot") else 1.0])
         moe_gpu.moe(
-            x, (*tensors, bounds), experts, aot.meta(T, K, dtype=torch.float32), 0, activations, invariant
+            x, (*tensors, bounds), experts, aot.meta(T, K, dtype=torch.float32), 0, activations, False
         )
     return compiled
 
@@ -91,6 +92,14 @@ def test_blackwell_w4a16(arch: int, BT: int) -> None:
         kernel.check()
         assert unpacks_by_the_word(kernel)
         assert kernel.count(r"tcgen05\.mma|mma\.sync")
+
+
+@pytest.mark.parametrize(("arch", "activations"), [(90, "bf16"), (100, "nvfp4")])
+def test_a_shard_of_tensor_parallelism_8(arch: int, activations: Activations) -> None:
+    """192 columns: no tile divides them, and loads are masked."""
+    (kernel,) = layer(arch, activations, TOKENS[64], only="down", intermediate=192)
+    kernel.check()
+    assert kernel.has_fp4 == (arch == 100)
 
 
 @pytest.mark.parametrize("T", [32, 4096])
@@ -182,3 +191,10 @@ def test_the_choice_is_told(arch: int, version: tuple[int, int], backend: str, r
         choice = nvfp4_gemm.choose("nvfp4_moe", "cuda")
     assert choice.backend == backend
     assert choice.reason.endswith(reason)
+
+
+def test_amd_chips_take_plain_torch() -> None:
+    with mock.patch.object(torch.version, "hip", "7.0"):
+        choice = nvfp4_gemm.choose("nvfp4_gemm", "cuda")
+    assert choice.backend == "reference"
+    assert "PTX" in choice.reason

@@ -89,6 +89,8 @@ def _tensor_cores(device: torch.device) -> Choice:
     choice = _triton()
     if choice.backend != "triton":
         return choice
+    if torch.version.hip:
+        return Choice("reference", "the kernels hold PTX, which AMD's chips do not run")
     chip, version = chips.of(device), chips.triton_version()
     if missing := chips.why_not_triton(chip, version):
         return Choice("reference", missing)
