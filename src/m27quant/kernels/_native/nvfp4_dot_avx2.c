@@ -34,6 +34,7 @@ TARGET M27_INLINE void f32(const int T, const uint8_t *codes, const uint8_t *sca
             UNROLL for (int t = 0; t < T; t++) sum[h][t] = _mm256_setzero_ps();
         for (int64_t g = 0; g < num_groups; g++, x += GROUP * T) {
             const uint8_t *at = codes + g * GROUP_BYTES + row * 4;
+            fetch_ahead(codes + g * GROUP_BYTES, scales + g * ROWS);
             __m256 part[2][TILE];
             UNROLL for (int h = 0; h < halves; h++)
                 UNROLL for (int t = 0; t < T; t++) part[h][t] = _mm256_setzero_ps();
@@ -70,6 +71,7 @@ TARGET M27_INLINE void int8(const int T, const uint8_t *codes, const uint8_t *sc
         UNROLL for (int t = 0; t < T; t++) sum[t] = _mm256_setzero_ps();
         for (int64_t g = 0; g < num_groups; g++, x += 6 * T) {
             const uint8_t *at = codes + g * GROUP_BYTES + row * 4;
+            fetch_ahead(codes + g * GROUP_BYTES, scales + g * ROWS);
             __m256i w[4];
             UNROLL for (int i = 0; i < 4; i++) w[i] = lookup(table, at + i / 2 * 64, i % 2);
             __m256 scale = scales_of(scales + g * ROWS + row);

@@ -36,6 +36,7 @@ TARGET M27_INLINE void f32(const int T, const uint8_t *codes, const uint8_t *sca
                 part[t] = i ? _mm512_fmadd_ps(w, v, part[t]) : _mm512_mul_ps(w, v);
             }
         }
+        fetch_ahead(codes, scales);
         __m512 scale = scales_of(scales);
         UNROLL for (int t = 0; t < T; t++) sum[t] = _mm512_fmadd_ps(scale, part[t], sum[t]);
     }
@@ -61,6 +62,7 @@ TARGET_BF16 M27_INLINE void bf16(const int T, const uint8_t *codes, const uint8_
             UNROLL for (int t = 0; t < T; t++)
                 part[t] = _mm512_dpbf16_ps(part[t], w, (__m512bh)_mm512_set1_epi32((int)x[i * T + t]));
         }
+        fetch_ahead(codes, scales);
         __m512 scale = scales_of(scales);
         UNROLL for (int t = 0; t < T; t++) sum[t] = _mm512_fmadd_ps(scale, part[t], sum[t]);
     }
@@ -83,6 +85,7 @@ TARGET M27_INLINE void int8(const int T, const uint8_t *codes, const uint8_t *sc
             __m512i word = _mm512_loadu_si512(codes + i / 2 * 64);
             w[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(word, i % 2 * 4), low));
         }
+        fetch_ahead(codes, scales);
         __m512 scale = scales_of(scales);
         UNROLL for (int t = 0; t < T; t++) {
             __m512i part = _mm512_set1_epi32(x[4 * T + t]);

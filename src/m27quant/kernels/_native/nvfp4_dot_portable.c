@@ -44,6 +44,7 @@ M27_INLINE void f32(const int T, const uint8_t *codes, const uint8_t *scales, in
             UNROLL for (int t = 0; t < T; t++) sum[q][t] = (Floats){0};
         for (int64_t g = 0; g < num_groups; g++, x += GROUP * T) {
             const uint8_t *at = codes + g * GROUP_BYTES + row * 4;
+            fetch_ahead(codes + g * GROUP_BYTES, scales + g * ROWS);
             Floats part[4][TILE];
             UNROLL for (int q = 0; q < quarters; q++)
                 UNROLL for (int t = 0; t < T; t++) part[q][t] = (Floats){0};
@@ -82,6 +83,7 @@ M27_INLINE void int8(const int T, const uint8_t *codes, const uint8_t *scales, i
         UNROLL for (int t = 0; t < T; t++) sum[t] = (Floats){0};
         for (int64_t g = 0; g < num_groups; g++, x += 6 * T) {
             const uint8_t *at = codes + g * GROUP_BYTES + row * 4;
+            fetch_ahead(codes + g * GROUP_BYTES, scales + g * ROWS);
             Shorts w[8];
             UNROLL for (int i = 0; i < 4; i++) {
                 Bytes four = decode(at + i / 2 * 64, i % 2);
