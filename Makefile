@@ -33,6 +33,8 @@ demo: $(STAMP)
 	$(BIN)/m27quant quantize examples/tiny-m27 $(DEMO) --recipe $(RECIPE) \
 		--dataset examples/tiny-m27/calibration.jsonl --overwrite
 	$(BIN)/m27quant verify $(DEMO)
+	$(BIN)/m27quant run $(DEMO) --drafter examples/tiny-m27-dflash --prompt "def read_lines(path):" \
+		--max-tokens 96 --temperature 0 --stats
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto $(PYTEST_FLAGS)

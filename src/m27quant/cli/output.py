@@ -109,6 +109,15 @@ class Output:
         if self.mode is Mode.HUMAN and not self.silent:
             self._note(Text(clean(message)))
 
+    def aside(self, renderable: RenderableType) -> None:
+        """A table that accompanies the data, for a person who asked for it."""
+        if self.mode is Mode.HUMAN and not self.silent:
+            with self.notes.capture() as captured:
+                self.notes.print(renderable)
+            lines = captured.get().rstrip("\n").split("\n")
+            self.stderr.write("\n".join(line.rstrip() for line in lines) + "\n")
+            self.stderr.flush()
+
     def warning(self, message: str, *, hint: str | None = None) -> None:
         """Something the user can act on, though the command goes on."""
         if self.silent:

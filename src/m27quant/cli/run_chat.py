@@ -45,7 +45,7 @@ def talk(
             if last is None:
                 output.status("nothing was answered yet")
             else:
-                output.notes.print(stats_table(llm, last))
+                output.aside(stats_table(llm, last))
         elif command.startswith("/") and "\n" not in command and " " not in command:
             output.warning(f"no command {command}", hint="/help tells them; begin with a space to say it")
         elif command:

@@ -167,8 +167,8 @@ def _show(
         output.stdout.flush()
         for call in reply.tool_calls if reply else ():
             output.result({"name": call.name, "arguments": call.arguments})
-    if stats and not output.silent:
-        output.notes.print(stats_table(llm, result, comparison))
+    if stats:
+        output.aside(stats_table(llm, result, comparison))
     if comparison is not None and checked:
         output.status(comparison_line(comparison))
 
