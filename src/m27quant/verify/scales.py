@@ -29,6 +29,8 @@ RAW_CODES = np.float32(448) / np.float32(2688)
 """weight_scale_2 of raw FP8 codes taken for weights."""
 LOW_INPUT, LOW_WEIGHT, HIGH = 1 / 16, 1 / 64, 64.0
 """Times the median of the layer's experts."""
+SILENT_S = 3.0
+"""Seconds without a word: most small checkpoints are done by then."""
 SATURATED_SHARE, SATURATED_COUNT = 0.1, 32
 NAN, LARGEST, SIGN = 0x7F, 0x7E, 0x80
 CODE_BITS = np.uint64(0x7777777777777777)
@@ -173,7 +175,7 @@ def _check_block_scales(
     view: View, scalars: dict[str, np.float32], found: Findings, progress: ProgressCallback
 ) -> None:
     infos = list(_right(view, (".weight_scale",)))
-    meter = Meter(sum(info.nbytes for info in infos), progress)
+    meter = Meter(sum(info.nbytes for info in infos), progress, silent_s=SILENT_S)
     room = Room()
     for info, data in read_tensors(infos):
         meter.add(info.nbytes)

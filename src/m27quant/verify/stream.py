@@ -115,13 +115,17 @@ class Stopped(Exception):
 class Meter:
     """How far the run is, summed over threads."""
 
-    def __init__(self, total: int, progress: ProgressCallback) -> None:
+    def __init__(self, total: int, progress: ProgressCallback, *, silent_s: float | None = None) -> None:
+        """Tells that it begins; with `silent_s` nothing is told of what takes fewer seconds."""
         self.total, self.progress = total, progress
         self._lock = threading.Lock()
         self._done = 0
         self._begin = self._told = time.monotonic()
         self.stopped = threading.Event()
-        self.progress(Progress(stage="verify", fraction=0.0))
+        if silent_s is None:
+            self.progress(Progress(stage="verify", fraction=0.0))
+        else:
+            self._told += silent_s
 
     def add(self, count: int) -> None:
         """`count` more bytes are done.  Raises `Stopped` where another thread has failed."""
