@@ -104,5 +104,5 @@ def test_taps_are_measured(loaded: Loaded, kind: str) -> None:
     said: list[str] = []
     folder = loaded.folder.parent / f"tiny-m27-{kind}"
     make_named(folder, DrafterOptions(tap_offset="auto"), loaded.folder, said.append)(loaded.model)
-    assert "(offset 1, measured)" in said[0] or "the config's convention stays" in said[0]
+    assert "(offset 1, " in said[0]
     assert "offset 0: " in said[0]

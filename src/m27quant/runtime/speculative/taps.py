@@ -118,15 +118,11 @@ def measure_taps(
     agreement = {offset: sum(hits) / max(1, len(hits)) for offset, hits in found.items()}
     best = max(agreement, key=lambda offset: (agreement[offset], offset == by_rule.offset))
     positions = len(found[best])
-    clear = best != by_rule.offset and is_clearly_better(found[best], found.get(by_rule.offset, []))
+    clear = all(is_clearly_better(found[best], hits) for offset, hits in found.items() if offset != best)
     offset = best if clear else by_rule.offset
     states = tuple(i + offset for i in ids)
     seen = ", ".join(f"offset {o}: {share:.1%}" for o, share in sorted(agreement.items()))
-    why = (
-        "measured"
-        if clear or best == by_rule.offset
-        else "no clear difference, the config's convention stays"
-    )
+    why = "measured" if clear else "no clear difference, the config's convention stays"
     return TapChoice(
         states,
         offset,
@@ -138,8 +134,6 @@ def measure_taps(
 
 def is_clearly_better(better: list[bool], worse: list[bool]) -> bool:
     """Whether one list of hits at the same positions beats another by more than noise (McNemar's statistic)."""
-    if not worse:
-        return True
     wins = sum(a and not b for a, b in zip(better, worse, strict=True))
     losses = sum(b and not a for a, b in zip(better, worse, strict=True))
     return wins - losses > NOISE * math.sqrt(wins + losses)
