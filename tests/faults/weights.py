@@ -95,6 +95,24 @@ def reciprocal(folder: Path) -> None:
             write(folder, name, struct.pack("<f", 1 / value))
 
 
+def exchanged(one: str, other: str) -> Change:
+    """What lies under two names of matrices, scales included, changes places."""
+
+    def change(folder: Path) -> None:
+        for part in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
+            a, b = read(folder, f"{one}.{part}"), read(folder, f"{other}.{part}")
+            for name, data in ((one, b), (other, a)):
+                if a != b:  # w1 and w3 share scales
+                    write(folder, f"{name}.{part}", data)
+
+    return change
+
+
+def experts_exchanged(folder: Path) -> None:
+    for projection in ("w1", "w2", "w3"):
+        exchanged(f"{EXPERTS}.2.{projection}", f"{EXPERTS}.3.{projection}")(folder)
+
+
 def another_expert(folder: Path) -> None:
     for part in ("weight", "weight_scale", "weight_scale_2"):
         write(folder, f"{W2}.{part}", read(folder, f"{EXPERTS}.0.w2.{part}"))
@@ -157,6 +175,14 @@ WEIGHTS = {
     "global scales reciprocal": WeightFault(reciprocal, "M27-W012", f"{EXPERTS}."),
     "maximum a bit off": WeightFault(scaled(f"{W2}.weight_scale_2", 1.01), "M27-W013", f"{W2}.weight"),
     "matrix of another expert": WeightFault(another_expert, "M27-W014", f"{EXPERTS}.0.w2"),
+    "w1 and w3 exchanged": WeightFault(
+        exchanged(f"{EXPERTS}.2.w1", f"{EXPERTS}.2.w3"), "M27-W014", f"holds the weights of '{EXPERTS}.2.w"
+    ),
+    "experts exchanged": WeightFault(experts_exchanged, "M27-W014", f"holds the weights of '{EXPERTS}.3.w"),
+    "matrix of another layer": WeightFault(
+        exchanged(W2, "model.layers.0.block_sparse_moe.experts.2.w2"),
+        "M27-W014", "holds the weights of 'model.layers.0.block_sparse_moe.experts.2.w2'",
+    ),
     "bit flip in the codes": WeightFault(flipped(f"{W2}.weight", 1000, 4), "M27-W015", f"{W2}.weight"),
     "bit flip in a block scale": WeightFault(flipped(f"{W2}.weight_scale", 99, 0), "M27-W015", f"{W2}.weight"),
     "noise for weights": WeightFault(mapped(f"{W2}.weight", noise), "M27-W016", f"{W2}.weight"),

@@ -482,7 +482,8 @@ _check(
     "Take weight_scale_2 from the source's maximum divided by 2688.", _AS_IS,
 )  # fmt: skip
 _check(
-    "M27-W014", ERROR, "another matrix's weights", "The matrix holds what belongs under another name of the layer.",
+    "M27-W014", ERROR, "another matrix's weights",
+    "The matrix holds what belongs under another name: w1 and w3 exchanged, another expert, another layer.",
     "Correct the names, or quantize again.", _GARBAGE,
 )  # fmt: skip
 _check(

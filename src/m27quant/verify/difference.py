@@ -6,6 +6,7 @@ Shapes: N out features, K in features, G = K/16 groups, R rows of a sample, C ca
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -183,20 +184,24 @@ def _figures(m: Matrix, again: PackedNVFP4, sqnr_db: float) -> str:
 
 
 def _belongs_to(source: Source, m: Matrix) -> str | None:
-    """The module of the same layer whose weights these are, by a sample of rows."""
+    """The module whose weights these are, by a sample of rows: another of the layer, or the same of another layer."""
     rows = min(SAMPLE_ROWS, m.block[0], m.weight.shape[0])
     codes, scale, scale_2 = m.packed
     mine_R = nvfp4_pack.unpack(PackedNVFP4(codes[:rows], scale[:rows], scale_2)).flatten().nan_to_num()
-    for projection in ("w2",) if m.projection == "w2" else ("w1", "w3"):
-        for expert in range(source.config.num_local_experts):
-            module = names.expert(m.layer, expert, projection)
-            theirs_R = _sample(source, module, rows, m.block).flatten()
-            if (
-                module != m.module
-                and torch.nn.functional.cosine_similarity(mine_R, theirs_R, dim=0) > SAME_COSINE
-            ):
-                return module
+    for module in _candidates(source, m):
+        theirs_R = _sample(source, module, rows, m.block).flatten()
+        if torch.nn.functional.cosine_similarity(mine_R, theirs_R, dim=0) > SAME_COSINE:
+            return module
     return None
+
+
+def _candidates(source: Source, m: Matrix) -> Iterator[str]:
+    """Of the same shape, the likeliest first; `m` itself is left out."""
+    alike = ("w2",) if m.projection == "w2" else ("w1", "w3")
+    experts, layers = source.config.num_local_experts, source.config.num_hidden_layers
+    yield from (names.expert(m.layer, m.expert, p) for p in alike if p != m.projection)
+    yield from (names.expert(m.layer, e, p) for p in alike for e in range(experts) if e != m.expert)
+    yield from (names.expert(n, m.expert, m.projection) for n in range(layers) if n != m.layer)
 
 
 def _sample(source: Source, module: str, rows: int, block: tuple[int, int]) -> torch.Tensor:
