@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 from m27quant.checkpoint.config import M2Config
 from m27quant.errors import EnvironmentFault
 from m27quant.kernels.dispatch import choose
-from m27quant.runtime.host_memory import rss_bytes
+from m27quant.runtime.host_memory import give_back_freed, rss_bytes
 
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens per chunk: part of the computation's identity, as a product's last bit may depend on it."""
@@ -53,13 +52,7 @@ class MemoryPlan:
         use.  Asking the system for each large block instead would cost a fifth of all time in page faults.
         """
         if resident > self.trim_above:
-            _malloc_trim()
-
-
-def _malloc_trim() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
-    if trim is not None:
-        trim(0)
+            give_back_freed()
 
 
 def limit_caches() -> None:

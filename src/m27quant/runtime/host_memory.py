@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import psutil
@@ -34,3 +35,10 @@ def control_group_limits() -> list[int]:
         if text.isdigit():  # "max" is no limit; nor is version 1's enormous number, which any minimum ignores
             limits.append(int(text))
     return limits
+
+
+def give_back_freed() -> None:
+    """Return what was freed to the system, where the C library would keep it for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)

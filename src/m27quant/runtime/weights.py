@@ -19,6 +19,7 @@ from m27quant.kernels import chip
 from m27quant.kernels.nvfp4_moe import ExpertWeights
 from m27quant.kernels.nvfp4_pack import PackedNVFP4
 from m27quant.runtime.experts import Experts, PackedExperts, PlainExperts
+from m27quant.runtime.host_memory import give_back_freed
 from m27quant.runtime.loader import (
     attention_weights,
     dequantize_linear,
@@ -136,12 +137,13 @@ def load_model(
     total = source.config.num_hidden_layers
     for index in range(total):
         layers.append(_layer(source, index, form, ranks))
+        give_back_freed()
         progress(index + 1, total)
 
     def plain(name: str) -> torch.Tensor:
         return read_plain(source, name).to(form.device, form.dtype)
 
-    return Model(
+    model = Model(
         source.config,
         embedding_VD=plain(names.EMBEDDING),
         layers=layers,
@@ -151,6 +153,8 @@ def load_model(
         invariant=invariant,
         ranks=ranks,
     )
+    give_back_freed()
+    return model
 
 
 def _layer(source: Source, index: int, form: Form, ranks: Ranks) -> LayerWeights:
