@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from m27quant.checkpoint.config import parse_config
+from m27quant.checkpoint.names import TensorSpec
 from m27quant.checkpoint.quant_config import hf_quant_config, quantization_config
 from m27quant.checkpoint.writer import split_into_shards
 from m27quant.verify.inventory import expected_tensors
@@ -33,13 +35,19 @@ def exclude_list(layers: int) -> list[str]:
     return sorted(["lm_head", *gates, *(f"model.layers.{i}.self_attn*" for i in range(layers))])
 
 
-def write_sparse(folder: Path, shape: Shape = M27) -> Path:
-    """Headers, index and configs of a good NVFP4 checkpoint; every tensor is a hole in its file."""
+def as_expected(spec: TensorSpec) -> TensorSpec:
+    return spec
+
+
+def write_sparse(
+    folder: Path, shape: Shape = M27, stored: Callable[[TensorSpec], TensorSpec] = as_expected
+) -> Path:
+    """Headers, index and configs of an NVFP4 checkpoint, good as it is; every tensor is a hole in its file."""
     folder.mkdir()
     raw: dict[str, Any] = shape.config(fp8=False)
     excluded = exclude_list(shape.num_hidden_layers)
-    plans = split_into_shards(expected_tensors(parse_config(raw)), 5_000_000_000)
-    weight_map = {}
+    plans = split_into_shards(map(stored, expected_tensors(parse_config(raw))), 5_000_000_000)
+    weight_map: dict[str, str] = {}
     for number, plan in enumerate(plans, 1):
         name = f"model-{number:05d}-of-{len(plans):05d}.safetensors"
         with (folder / name).open("wb") as file:

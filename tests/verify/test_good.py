@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +14,7 @@ import pytest
 
 import m27quant
 from m27quant import quantize_checkpoint, verify_checkpoint
+from m27quant.checkpoint.names import TensorSpec
 from m27quant.errors import CheckpointError, UsageError
 from m27quant.verify.checks import CHECKS
 from m27quant.verify.findings import Severity, VerifyResult
@@ -125,9 +128,46 @@ def test_rotation_of_the_official_sizes(tmp_path: Path, key: str | None, value: 
         folder / "config.json",
         lambda config: config.update({"rope_theta": 5_000_000} | ({key: value} if key else {})),
     )
-    found = [f for f in verify_checkpoint(folder, level="quick").findings if f.severity is Severity.ERROR]
+    result = verify_checkpoint(folder, level="quick", ignore=("M27-F021", "M27-F022"))  # it has no tokenizer
+    found = [f for f in result.findings if f.severity is Severity.ERROR]
     assert [f.check.code for f in found] == (["M27-F027"] if key else [])
     assert all(str(key) in f.message for f in found)
+
+
+NVIDIA = {
+    "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02,
+    "mtp_transformer_layers": 1, "num_mtp_modules": 3, "use_mtp": True, "output_router_logits": False,
+    "partial_rotary_factor": 0.5, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+    "shared_intermediate_size": 0, "sliding_window": None, "transformers_version": "4.57.1",
+}  # fmt: skip
+"""What config.json of nvidia/MiniMax-M2.7-NVFP4 has beside the official fields."""
+
+
+def as_nvidia_stores(spec: TensorSpec) -> TensorSpec:
+    """Attention in F32, router in BF16."""
+    if ".self_attn." in spec.name and spec.name.endswith("_proj.weight"):
+        return replace(spec, dtype="F32")
+    router = spec.name.endswith((".gate.weight", ".e_score_correction_bias"))
+    return replace(spec, dtype="BF16") if router else spec
+
+
+def test_what_nvidia_publishes_has_no_error(repository: Path, tmp_path: Path) -> None:
+    """Headers and configs as theirs; what is found is true of it, and none of it keeps an engine from serving it."""
+    shape = replace(M27, num_local_experts=1, num_experts_per_tok=1)
+    folder = write_sparse(tmp_path / "m27", shape, as_nvidia_stores)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        shutil.copy(repository / "examples/tiny-m27" / name, folder / name)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    end = json.loads((repository / "examples/tiny-m27/generation_config.json").read_text())["eos_token_id"]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    edit_json(folder / "config.json", lambda config: config.update(NVIDIA))
+    result = verify_checkpoint(folder, level="quick")
+    codes = [(f.severity.value, f.check.code) for f in result.findings]
+    assert sorted(set(codes)) == [
+        ("note", "M27-D004"), ("note", "M27-F025"),
+        ("warning", "M27-D003"), ("warning", "M27-F018"), ("warning", "M27-F020"),
+    ]  # fmt: skip
+    assert result.ok
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

@@ -356,29 +356,16 @@ def _check_stop(files: _Files, view: View, end_of_turn: int | None, found: Findi
     generation = files.read(GENERATION)
     eos = None if generation is None else generation.get("eos_token_id")
     if eos is None and (generation is not None or not files.there(GENERATION)):
-        found.add(
-            "M27-F016",
-            f"{GENERATION} names no eos_token_id",
-            file=GENERATION,
-            expected=end_of_turn,
-            found="none",
-        )
-    elif (
-        eos is not None
-        and end_of_turn is not None
-        and end_of_turn not in (eos if isinstance(eos, list) else [eos])
+        message = f"{GENERATION} names no eos_token_id"
+        found.add("M27-F016", message, file=GENERATION, expected=end_of_turn, found="none")
+    if end_of_turn is None:
+        return
+    for code, file, ids in (
+        ("M27-F017", GENERATION, eos),
+        ("M27-F018", CONFIG, view.raw_config.get("eos_token_id")),
     ):
-        found.add(
-            "M27-F017", f"eos_token_id is {_shown(eos)}, the end of turn is {end_of_turn}",
-            file=GENERATION, expected=end_of_turn, found=_shown(eos),
-        )  # fmt: skip
-    ours = view.raw_config.get("eos_token_id")
-    if (
-        ours is not None
-        and end_of_turn is not None
-        and end_of_turn not in (ours if isinstance(ours, list) else [ours])
-    ):
-        found.add(
-            "M27-F018", f"{CONFIG} has eos_token_id {_shown(ours)}, the end of turn is {end_of_turn}",
-            file=CONFIG, expected=end_of_turn, found=_shown(ours),
-        )  # fmt: skip
+        if ids is not None and end_of_turn not in (ids if isinstance(ids, list) else [ids]):
+            found.add(
+                code, f"{file} has eos_token_id {_shown(ids)}, the end of turn is {end_of_turn}",
+                file=file, expected=end_of_turn, found=_shown(ids),
+            )  # fmt: skip
