@@ -1,6 +1,7 @@
 """What a drafter remembers: keys and values of the whole committed history of each sequence, and how they are read.
 
-Shapes: L layers, n committed positions, R query rows, S keys, H query heads, J key/value heads, C head_dim.
+Shapes: L layers, n committed positions, R query rows, S keys, H query heads, J key/value heads,
+G query heads for each of those, C head_dim.
 """
 
 from __future__ import annotations
@@ -73,9 +74,14 @@ def check_taps(sequence: int, num_tokens: int, known: int, taps: Tensor | None, 
 
 
 def attend(q_RHC: Tensor, k_SJC: Tensor, v_SJC: Tensor, seen_RS: Tensor | None = None) -> Tensor:
-    """Grouped-query attention of one sequence, scale C**-0.5; keys where `seen` is False count nothing: [R, H*C]."""
-    groups = q_RHC.shape[1] // k_SJC.shape[1]
-    q, k, v = (t.transpose(0, 1)[None] for t in (q_RHC, k_SJC, v_SJC))
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen_RS)
-    return out[0].transpose(0, 1).reshape(len(q_RHC), -1)
+    """Grouped-query attention of one sequence, scale C**-0.5; keys where `seen` is False count nothing: [R, H*C].
+
+    The G query heads of one key head are rows beside each other, so that keys and values are read once.
+    """
+    (R, H, C), J = q_RHC.shape, k_SJC.shape[1]
+    G = H // J
+    q = q_RHC.reshape(R, J, G, C).transpose(0, 1).reshape(1, J, R * G, C)
+    k, v = (t.transpose(0, 1)[None] for t in (k_SJC, v_SJC))
+    mask = None if seen_RS is None else seen_RS.repeat_interleave(G, dim=0)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.view(J, R, G, C).transpose(0, 1).reshape(R, H * C)
