@@ -30,6 +30,7 @@ from typing import Any
 
 from m27quant import verify_checkpoint
 from m27quant.errors import M27Error
+from m27quant.verify.configs import SPECIAL_TOKENS
 from m27quant.verify.serving import Serving
 from tests import drafters
 from tests.checkpoints import Shape
@@ -43,7 +44,10 @@ TINY = Shape(
 MAX_BYTES = 64 * 2**20
 MEASURE_EVERY = 20
 TOKENIZER = {
-    "added_tokens": [{"id": 5, "content": "[e~["}, {"id": 6, "content": "<think>"}],
+    "added_tokens": [
+        {"id": number, "content": token}
+        for number, token in enumerate(("[e~[", *(t for t in SPECIAL_TOKENS if t != "[e~[")), 5)
+    ],
     "model": {"vocab": {"a": 0, "b": 1}},
 }
 SECRET = "secret.safetensors"
