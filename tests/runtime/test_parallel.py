@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,32 +14,25 @@ from m27quant.checkpoint.config import parse_config
 from m27quant.errors import UsageError
 from m27quant.runtime.parallel import Ranks
 from tests.checkpoints import Shape, write_checkpoint
+from tests.runtime.ranks import answers
 from tests.tolerance import LOGIT_ATOL, SQNR_OTHER_ORDER_DB, sqnr_db
 
 
-def run(repository: Path, out: Path, num_ranks: int, checkpoint: Path, *more: str) -> list[dict[str, Any]]:
-    """What each rank said; `logits` among it."""
+def two_ranks(repository: Path, out: Path, checkpoint: Path, dtype: str) -> list[dict[str, Any]]:
+    """What each of them said."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = str(repository / "tests/runtime/ranks.py")
-    start = [sys.executable, script]
-    if num_ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        start = [*launcher, "--nproc-per-node", str(num_ranks), script]
-    done = subprocess.run(
-        [*start, str(checkpoint), str(out), *more], cwd=repository, capture_output=True, text=True
-    )
+    command = [*launcher, script, str(checkpoint), str(out), dtype]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    names = ["alone"] if num_ranks == 1 else [str(n) for n in range(num_ranks)]
-    found = [json.loads(Path(f"{out}-{name}.json").read_text()) for name in names]
-    for result, name in zip(found, names, strict=True):
-        result["logits"] = torch.load(f"{out}-{name}.pt")
-    return found
+    return [torch.load(f"{out}-{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("kind", ["nvfp4", "fp8"])
 def test_two_ranks_say_what_one_says(kind: str, tiny_nvfp4: Path, repository: Path, tmp_path: Path) -> None:
     checkpoint = tiny_nvfp4 if kind == "nvfp4" else write_checkpoint(tmp_path / "fp8", Shape(vocab_size=256))
-    (alone,) = run(repository, tmp_path / "one", 1, checkpoint, "float32")
-    first, second = run(repository, tmp_path / "two", 2, checkpoint, "float32", "ngram")
+    alone = answers(str(checkpoint), "float32")
+    first, second = two_ranks(repository, tmp_path / "two", checkpoint, "float32")
     assert first["greedy"] == second["greedy"] == alone["greedy"]
     assert first["drawn"] == second["drawn"] == alone["drawn"]
     assert torch.equal(first["logits"], second["logits"]), "or their choices would part one day"
