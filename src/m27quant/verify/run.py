@@ -261,7 +261,7 @@ def _facts(view: View) -> dict[str, Any]:
             "intermediate_size": c.intermediate_size,
             "vocab_size": c.vocab_size,
             "tensor_parallel_sizes": tensor_parallel_sizes(c),
-            "tensor_parallel_sizes_without_padding": tensor_parallel_sizes(c, STRICT),
+            "tensor_parallel_unpadded": tensor_parallel_sizes(c, STRICT),
         }
     return facts
 
