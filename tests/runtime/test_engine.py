@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +189,10 @@ def test_what_cannot_be_answered_is_refused_by_itself(tiny: Loaded) -> None:
 )  # fmt: skip
 def test_prompts_that_are_none_are_refused_before_anything_runs(tiny: Loaded, prompt: Any, says: str) -> None:
     llm = tiny.engine()
-    with pytest.raises(UsageError, match=says):
-        llm.generate([prompt, "fine"], GREEDY)
-    assert llm.engine.scheduler.is_idle
+    for prompts in ([prompt, "fine"], ["fine", prompt]):
+        with pytest.raises(UsageError, match=says):
+            llm.generate(prompts, GREEDY)
+        assert llm.engine.scheduler.is_idle
 
 
 def test_params_for_each_prompt_or_for_all(tiny: Loaded) -> None:
@@ -246,6 +248,19 @@ def test_leaving_a_stream_cancels_it(tiny: Loaded) -> None:
         break
     assert llm.engine.scheduler.is_idle
     assert llm.engine.scheduler.blocks.num_free == 64
+
+
+def test_two_streams_in_turns_and_one_that_is_never_begun(tiny: Loaded) -> None:
+    llm = tiny.engine()
+    expected = llm.generate(["a = ", "b = "], GREEDY)
+    llm.stream("c = ", GREEDY)
+    streams = [llm.stream(prompt, GREEDY) for prompt in ("a = ", "b = ")]
+    texts = ["", ""]
+    for events in itertools.zip_longest(*streams):
+        for index, event in enumerate(events):
+            texts[index] += event.text if event else ""
+    assert texts == [r.text for r in expected]
+    assert llm.engine.scheduler.is_idle
 
 
 @pytest.mark.parametrize("length", [31, 32, 33, 48])

@@ -157,11 +157,8 @@ class LLM:
         """
         many = _as_prompts(prompts)
         settings = _one_for_each(params, len(many))
-        watched = {}
-        for index, (prompt, setting) in enumerate(zip(many, settings, strict=True)):
-            sequence = self.submit(prompt, setting)
-            watched[sequence.number] = _Watched(index, sequence)
-        return self._events(watched)
+        requests = [self._request(prompt, setting) for prompt, setting in zip(many, settings, strict=True)]
+        return self._events({r.number: _Watched(index, r) for index, r in enumerate(requests)})
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Running:
         """Queue one request; `step` works on it, `result` tells its outcome.
@@ -169,7 +166,14 @@ class LLM:
         Raises:
             UsageError: as `generate`.
         """
-        settings = self.generation.complete(params or SamplingParams(), self.model.config.vocab_size)
+        request = self._request(prompt, params or SamplingParams())
+        if request.error is None:
+            self.engine.scheduler.add(request)
+        return request
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Running:
+        """A request that is not queued yet, or is refused already."""
+        settings = self.generation.complete(params, self.model.config.vocab_size)
         ids = self.encode(prompt)
         number, self._number = self._number, self._number + 1
         room = self.max_model_len - len(ids)
@@ -185,9 +189,7 @@ class LLM:
             timing=Timing(arrived=time.perf_counter()),
         )
         sequence.error = self._refusal(ids)
-        if sequence.error is None:
-            self.engine.scheduler.add(sequence)
-        else:
+        if sequence.error is not None:
             sequence.finish_reason = "error"
         return sequence
 
@@ -229,15 +231,18 @@ class LLM:
 
     def _events(self, watched: dict[int, _Watched]) -> Generator[StreamEvent, None, None]:
         try:
-            for entry in [w for w in watched.values() if w.sequence.finish_reason]:
-                yield self._event(entry)
-                del watched[entry.sequence.number]
+            for entry in watched.values():
+                if entry.sequence.finish_reason is None:
+                    self.engine.scheduler.add(entry.sequence)
             while watched:
-                for sequence in self.step():
-                    if sequence.number in watched:
-                        yield self._event(watched[sequence.number])
-                        if sequence.finish_reason is not None:
-                            del watched[sequence.number]
+                for entry in list(watched.values()):
+                    finished = entry.sequence.finish_reason is not None
+                    if finished:
+                        del watched[entry.sequence.number]
+                    if finished or entry.sequence.num_output > entry.num_tokens:
+                        yield self._event(entry)
+                if watched:
+                    self.step()
         finally:
             for entry in watched.values():
                 self.cancel(entry.sequence)
