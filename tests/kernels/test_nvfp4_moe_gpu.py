@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from unittest import mock
 
 import pytest
@@ -46,6 +45,12 @@ def fill(
     return weights
 
 
+def few(T: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """As `tokens`, but to four experts alone, some of them twice: the interpreter is slow."""
+    x, experts, w = tokens(T, dtype)
+    return x, experts % 4, w
+
+
 def run(x: Tensor, weights: ExpertWeights, experts: Tensor, w: Tensor, *, invariant: bool = False) -> Tensor:
     device = weights.device
     return moe(x.to(device), weights, experts.to(device), w.to(device), invariant=invariant).cpu()
@@ -55,7 +60,7 @@ def check_tokens(device: torch.device) -> None:
     for activations in MODES:
         weights = fill(activations, device)
         for T, dtype in ((0, torch.bfloat16), (1, torch.float32), (1, torch.bfloat16), (9, torch.bfloat16)):
-            x, experts, w = tokens(T, dtype)
+            x, experts, w = few(T, dtype)
             y = run(x, weights, experts, w)
             assert y.dtype == dtype
             judge(y, expected(x, experts, w, activations), activations)
@@ -79,7 +84,7 @@ def check_routing(device: torch.device) -> None:
 def check_slices(device: torch.device) -> None:
     x, experts, w = tokens(7, torch.float32)
     for activations in MODES:
-        for first, count in ((0, 5), (5, 1), (6, 6)):
+        for first, count in ((0, 5), (6, 6)):
             weights = fill(activations, device, first, count)
             outside = (experts < first) | (experts >= first + count)
             for rows in (slice(0, 7), slice(3, 4)):  # one token takes another way
@@ -92,7 +97,7 @@ def check_slices(device: torch.device) -> None:
 def check_rows(device: torch.device) -> None:
     """`invariant`: the same bits for a token, whatever is beside it, alone too."""
     for activations in MODES:
-        x, experts, w = tokens(12, torch.bfloat16)
+        x, experts, w = few(12, torch.bfloat16)
         weights = fill(activations, device)
         together = run(x, weights, experts, w, invariant=True)
         for some in (torch.randperm(12), torch.arange(0, 12, 5), torch.tensor([11])):
@@ -101,7 +106,7 @@ def check_rows(device: torch.device) -> None:
 
 def check_shared(device: torch.device) -> None:
     """One input scale for all experts: tokens are quantized once, to the same bits."""
-    x, experts, w = tokens(9, torch.bfloat16)
+    x, experts, w = few(9, torch.bfloat16)
     weights = fill("nvfp4", device, shared=True)
     y = run(x, weights, experts, w)
     low, high = weights.tensors[-1].tolist()
@@ -166,14 +171,17 @@ def check_benchmark(device: torch.device) -> None:
         kernels_gpu.measure(device, (2,), sizes, 1)
 
 
-def cases() -> Iterator[str]:
-    """Each check for the BF16 product, those in which quantized activations count for the FP4 product."""
-    yield from (f"90 {name}" for name in CHECKS)
-    yield from ("100 tokens", "100 routing", "100 shared", "120 tokens", "90 benchmark")
+RUNS = (
+    [f"90 {name}" for name in ("tokens", "routing")],
+    [f"90 {name}" for name in CHECKS if name not in ("tokens", "routing")],
+    ["100 tokens", "100 shared", "90 benchmark"],
+)
+"""Each check for the BF16 product, and for the FP4 product those in which quantized activations count."""
 
 
-def test_experts_in_the_interpreter() -> None:
-    interpreter.run("tests.kernels.test_nvfp4_moe_gpu", list(cases()))
+@pytest.mark.parametrize("cases", RUNS, ids=["hopper", "hopper-more", "blackwell"])
+def test_experts_in_the_interpreter(cases: list[str]) -> None:
+    interpreter.run("tests.kernels.test_nvfp4_moe_gpu", cases)
 
 
 @pytest.mark.gpu
