@@ -515,6 +515,9 @@ CONFIGS = {
         json_field("tokenizer_config.json", "tokenizer_class", value="GPT2Tokenizer"), "M27-F020", "GPT2Tokenizer"
     ),
     "tokenizer missing": Fault(c.remove("tokenizer.json"), "M27-F021", "tokenizer.json"),
+    "tokenizer_config.json missing": Fault(
+        c.remove("tokenizer_config.json"), "M27-F032", "tokenizer_config.json"
+    ),
     "chat template missing": Fault(c.remove("chat_template.jinja"), "M27-F022", "chat_template"),
     "special token missing": Fault(special_token_lost, "M27-F023", "<minimax:tool_call>"),
     "token beyond the vocabulary": Fault(token_beyond, "M27-F024", "2,048"),

@@ -707,6 +707,12 @@ _check(
     'Add "dtype": "bfloat16".',
     _engines("looks at the tensors: BF16", "takes float32 for granted and computes in FP16", "takes the tensors'"),
 )  # fmt: skip
+_check(
+    "M27-F032", WARNING, "tokenizer_config.json is missing",
+    "tokenizer.json alone has no beginning, end and padding token, and names no class: each version takes its own.",
+    "Copy it from the original.",
+    _engines("stops by generation_config.json alone", "as vLLM", "no bos, eos and pad token; 5.23 tokenizes rightly"),
+)  # fmt: skip
 
 # -- engines ---------------------------------------------------------------------------------------
 

@@ -320,6 +320,8 @@ def _check_tokenizer(files: _Files, view: View, found: Findings) -> None:
                 "M27-F024", f"the tokenizer gives ids to {max(ids.values()):,}, '{EMBEDDING}' has {rows:,} rows",
                 file=TOKENIZER, expected=f"ids below {rows}", found=max(ids.values()),
             )  # fmt: skip
+    if files.there(TOKENIZER) and not files.there(TOKENIZER_CONFIG):
+        found.add("M27-F032", f"{TOKENIZER_CONFIG} is missing", file=TOKENIZER_CONFIG)
     config = files.read(TOKENIZER_CONFIG) or {}
     if (kind := config.get("tokenizer_class")) not in SAFE_TOKENIZER_CLASSES:
         found.add(
