@@ -57,9 +57,8 @@ class Engine:
         logits_RV = self._forward(parts)
         choices = choose(logits_RV, [row for part in parts for row in part.choices()])
         chosen = time.perf_counter()
-        changed = self._emit(parts, choices, logits_RV)
-        self._account(parts, drafted - started, chosen - drafted)
-        return changed
+        self._account(parts, drafted - started, chosen - drafted, chosen)
+        return self._emit(parts, choices, logits_RV)
 
     def cancel(self, sequence: Sequence) -> None:
         """Stop a sequence, whatever it is doing; the others do not notice."""
@@ -153,8 +152,7 @@ class Engine:
             if self.drafter is not None:
                 self.drafter.forget(sequence.number)
 
-    def _account(self, parts: Many[Part], draft_s: float, forward_s: float) -> None:
-        now = time.perf_counter()
+    def _account(self, parts: Many[Part], draft_s: float, forward_s: float, now: float) -> None:
         self.totals.num_steps += 1
         self.totals.draft_s += draft_s
         self.totals.forward_s += forward_s
