@@ -60,8 +60,8 @@ Weights: Apache-2.0. No weight of MiniMax's models or of any published drafter w
 OPTIONS = {"dflash": "", "eagle3": " --batch-size 16"}
 """Of train_drafter.py, where they are not its defaults."""
 HISTORY = {
-    "dflash": "One run with seed 0, resumed with other `--steps` after 500, 700, 800 and 900 steps, the last time with "
-    "`--muon-lr 0.014 --adam-lr 0.0028` too.",
+    "dflash": "One run with seed 0, resumed with other `--steps` after 500, 700, 800, 900 and 1,300 steps, the "
+    "last two times with `--muon-lr 0.014 --adam-lr 0.0028` too.",
     "eagle3": "One run with seed 0.",
 }
 """How the committed weights came about."""
