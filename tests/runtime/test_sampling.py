@@ -147,6 +147,22 @@ def test_logits_that_are_no_numbers_give_no_choice(value: float) -> None:
     assert choose(torch.full((1, 4), -math.inf), [row()]) == [NO_CHOICE]
 
 
+def test_settings_that_leave_nothing_give_no_choice() -> None:
+    logits = torch.tensor([[3.0, 1.0, 2.0]])
+    all_stop: dict[str, Any] = {"min_tokens": 2, "stop_token_ids": (0, 1, 2)}
+    for temperature in (0.0, 1.0):
+        assert choose(logits, [row([5], 1, temperature=temperature, **all_stop)]) == [NO_CHOICE]
+        assert choose(logits, [row([5], 1, temperature=temperature, min_tokens=1)])[0] in (1, 2)
+        unbounded = row([5, 0], 1, temperature=temperature, presence_penalty=-1e300)
+        assert choose(logits, [unbounded]) == [NO_CHOICE]
+
+
+def test_a_token_without_probability_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("m27quant.runtime.sampling.uniform", lambda seed, position: 1 - 2.0**-53)
+    logits = torch.zeros(1, 50)
+    assert choose(logits, [row([5], 1, temperature=1.0, min_tokens=1, stop_token_ids=(49,))]) == [48]
+
+
 def test_log_probabilities_are_of_the_model_itself() -> None:
     logits = torch.tensor([1.0, 3.0, 3.0, -1.0])
     expected = torch.log_softmax(logits.double(), 0)

@@ -81,7 +81,9 @@ class Engine:
         sequence, taps = scheduled.sequence, None
         if self.cache.taps is not None:
             slots = self.cache.slots(sequence.blocks, sequence.num_tapped, sequence.num_computed)
-            taps = self.cache.taps[torch.tensor(slots, device=self.cache.taps.device)].flatten(1)
+            taps = self.cache.taps[
+                torch.tensor(slots, dtype=torch.int64, device=self.cache.taps.device)
+            ].flatten(1)
             sequence.num_tapped = sequence.num_computed
         return DraftRequest(sequence.number, sequence.tokens, taps, scheduled.num_drafts)
 
@@ -127,7 +129,10 @@ class Engine:
         row = 0
         for count, token in enumerate(accepted.tokens, 1):
             if token == NO_CHOICE:
-                sequence.finish_reason, sequence.error = "error", "the model's logits are NaN or infinite"
+                sequence.finish_reason, sequence.error = (
+                    "error",
+                    "there is no token to choose: the model's logits are NaN or infinite, or settings exclude all",
+                )
                 return accepted.nodes[: count - 1]
             if sequence.params.logprobs is not None:
                 found = log_probabilities(logits_RV[row], token, sequence.params.logprobs)

@@ -66,12 +66,17 @@ def log_probabilities(logits_V: Tensor, token: int, count: int) -> tuple[float, 
 
 
 def probabilities(logits_V: Tensor, row: Row) -> tuple[Tensor, Tensor]:
-    """What a row is drawn from: candidate ids int64 [n], likeliest first, and their probabilities F64 [n]."""
+    """What a row is drawn from: candidate ids int64 [n], likeliest first, and their probabilities F64 [n].
+
+    Nothing where settings leave no logit that is a number: all that is left stops, or a penalty is without bounds.
+    """
     p = row.params
     assert p.top_k is not None
     assert p.top_p is not None
     assert p.min_p is not None
     logits_V = _adjusted(logits_V, row)
+    if not bool(logits_V.max().isfinite()):
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64)
     if p.is_greedy:
         return logits_V.argmax().reshape(1), torch.ones(1, dtype=torch.float64)
     ids, logits = _candidates(logits_V, p)
@@ -88,11 +93,12 @@ def probabilities(logits_V: Tensor, row: Row) -> tuple[Tensor, Tensor]:
 
 def _choose(logits_V: Tensor, row: Row) -> int:
     ids, prob = probabilities(logits_V, row)
-    if len(ids) == 1:
-        return int(ids[0])
+    if len(ids) < 2:
+        return int(ids[0]) if len(ids) else NO_CHOICE
     drawn = uniform(row.seed, len(row.tokens))
     at = torch.searchsorted(prob.cumsum(0), torch.tensor(drawn, dtype=torch.float64), right=True)
-    return int(ids[min(int(at), len(ids) - 1)])
+    last = int((prob > 0).sum()) - 1  # where rounding leaves the sum below 1
+    return int(ids[min(int(at), last)])
 
 
 def _candidates(logits_V: Tensor, p: SamplingParams) -> tuple[Tensor, Tensor]:
