@@ -515,6 +515,10 @@ CONFIGS = {
         json_field("tokenizer_config.json", "tokenizer_class", value="GPT2Tokenizer"), "M27-F020", "GPT2Tokenizer"
     ),
     "tokenizer missing": Fault(c.remove("tokenizer.json"), "M27-F021", "tokenizer.json"),
+    "weights alone": Fault(
+        both(both(c.remove("tokenizer.json"), c.remove("tokenizer_config.json")), c.remove("chat_template.jinja")),
+        "M27-F033", "weights alone",
+    ),
     "tokenizer_config.json missing": Fault(
         c.remove("tokenizer_config.json"), "M27-F032", "tokenizer_config.json"
     ),

@@ -708,10 +708,17 @@ _check(
     _engines("looks at the tensors: BF16", "takes float32 for granted and computes in FP16", "takes the tensors'"),
 )  # fmt: skip
 _check(
-    "M27-F032", WARNING, "tokenizer_config.json is missing",
+    "M27-F032", NOTE, "tokenizer_config.json is missing",
     "tokenizer.json alone has no beginning, end and padding token, and names no class: each version takes its own.",
     "Copy it from the original.",
     _engines("stops by generation_config.json alone", "as vLLM", "no bos, eos and pad token; 5.23 tokenizes rightly"),
+)  # fmt: skip
+
+_check(
+    "M27-F033", WARNING, "weights without tokenizer",
+    "No tokenizer, no chat template: an export of the model alone. Whoever serves it takes them from elsewhere.",
+    "Copy tokenizer.json, tokenizer_config.json and chat_template.jinja from the original.",
+    _engines("needs --tokenizer", "needs --tokenizer-path", "cannot load a tokenizer"),
 )  # fmt: skip
 
 # -- engines ---------------------------------------------------------------------------------------

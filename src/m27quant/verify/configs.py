@@ -303,7 +303,14 @@ def _shown(value: object) -> str:
 # -- generation and tokenizer ----------------------------------------------------------------------
 
 
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
 def _check_tokenizer(files: _Files, view: View, found: Findings) -> None:
+    if not any(map(files.there, (TOKENIZER, TOKENIZER_CONFIG, *TEMPLATES))):
+        found.add("M27-F033", "neither tokenizer nor chat template: weights alone", file=TOKENIZER)
+        _check_stop(files, view, None, found)
+        return
     tokenizer = files.read(TOKENIZER, MAX_SIDECAR_BYTES)
     ids = {} if tokenizer is None else _token_ids(tokenizer)
     if not files.there(TOKENIZER):
@@ -328,9 +335,7 @@ def _check_tokenizer(files: _Files, view: View, found: Findings) -> None:
             "M27-F020", f"tokenizer_class is {escape(kind)}",
             file=TOKENIZER_CONFIG, expected="PreTrainedTokenizerFast", found=kind,
         )  # fmt: skip
-    if "chat_template" not in config and not any(
-        map(files.there, ("chat_template.jinja", "chat_template.json"))
-    ):
+    if "chat_template" not in config and not any(map(files.there, TEMPLATES)):
         found.add(
             "M27-F022",
             "neither chat_template.jinja nor chat_template in tokenizer_config.json",
