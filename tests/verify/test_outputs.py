@@ -153,7 +153,26 @@ def test_other_classes_are_no_finding_of_the_tokenizer_s(copy: Path, name: objec
         assert not found.finish()
 
 
-def test_prompt_lookup_is_held_to_plain_text(nvfp4: Path) -> None:
+@pytest.mark.parametrize("name", ["tiny-m27-dflash", "tiny-m27-eagle3"])
+def test_a_drafter_passes(nvfp4: Path, repository: Path, name: str) -> None:
+    result = verify(nvfp4, drafter=repository / "examples" / name)
+    assert errors(result) == {}
+    drafter = result.facts["outputs"]["drafter"]
+    assert drafter["is_lossless"] is True
+    assert drafter["tau"] > 1.5
+    assert drafter["m_accept_by_shift"]["0"] == max(drafter["m_accept_by_shift"].values())
+
+
+def test_shifted_taps_are_named(nvfp4: Path, repository: Path, tmp_path: Path) -> None:
+    drafter = Path(shutil.copytree(repository / "examples/tiny-m27-dflash", tmp_path / "drafter"))
+    config = json.loads((drafter / "config.json").read_text())
+    taps = config["dflash_config"]["target_layer_ids"]
+    config["dflash_config"]["target_layer_ids"] = [tap + 1 for tap in taps]
+    (drafter / "config.json").write_text(json.dumps(config))
+    assert "M27-O011" in errors(verify(nvfp4, drafter=drafter))
+
+
+def test_without_a_drafter_nothing_is_drafted(nvfp4: Path) -> None:
     result = verify(nvfp4, drafter=None)
     assert "drafter" not in result.facts["outputs"]
     assert main(["verify", str(nvfp4), "--outputs", "--max-tokens", "8", "--no-progress", "-q"]) == 0

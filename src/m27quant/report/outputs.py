@@ -55,7 +55,7 @@ def _drafter(drafter: Facts) -> list[Row]:
             f"{drafter['tokens_per_s']:.1f} tokens/s, {drafter['tokens_per_s_without_drafter']:.1f} without drafter",
         ),
     ]
-    if shifts := drafter["agreement_by_shift"]:
-        shown = ", ".join(f"{shift}: {share:.1%}" for shift, share in shifts.items())
-        rows.append(("first drafts right, by shift of taps", shown))
+    if shifts := drafter["m_accept_by_shift"]:
+        shown = ", ".join(f"{shift}: {mean:.2f}" for shift, mean in shifts.items())
+        rows.append(("m_accept, taps shifted by", shown))
     return rows

@@ -923,9 +923,9 @@ _check(
 )  # fmt: skip
 _check(
     "M27-O011", ERROR, "drafter's taps are shifted",
-    "Fed with hidden states one layer up or down its first draft agrees with the target clearly more often: its "
-    "config.json counts layers otherwise than it was trained.",
-    "State the hidden states that it was trained on in its config.json, or run with --drafter-tap-offset auto.",
+    "Fed with hidden states one layer up or down, clearly more of its drafts are accepted: its config.json counts "
+    "layers otherwise than it was trained.",
+    "State the hidden states that it was trained on in its config.json, or run with --drafter-tap-offset.",
     _engines("low acceptance, silently", "low acceptance, silently"),
 )  # fmt: skip
 _check(
