@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from m27quant.cli import options as shared
 from m27quant.cli import run_options as opt
-from m27quant.cli.output import Output
+from m27quant.cli.output import Mode, Output
 from m27quant.cli.progress import show
 from m27quant.cli.run_input import read_conversation
 from m27quant.errors import UsageError, escape
@@ -17,6 +19,8 @@ from m27quant.progress import Progress, ProgressCallback
 if TYPE_CHECKING:
     from m27quant.runtime.api import LLM
     from m27quant.runtime.speculative.load import DrafterOptions
+
+QUIET_S = 3.0
 
 
 def run(
@@ -90,6 +94,15 @@ def run(
         raise UsageError(
             "--check-lossless compares with and without a drafter", hint="name one with --drafter"
         )
+    rank, ranks = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
+    )
+    if ranks > 1 and prompt is None and messages is None:
+        raise UsageError(
+            "several ranks answer --prompt or --messages", hint="run one process for --input or a chat"
+        )
+    if rank:  # all ranks compute the same answer; the first one gives it
+        output = Output(Mode.QUIET, silent=True, stdout=io.StringIO())
     interactive = prompt is None and messages is None and input_file is None and sys.stdin.isatty()
     if interactive and (json or not sys.stdout.isatty()):
         raise UsageError(
@@ -187,7 +200,12 @@ def _drafting(
 
 
 def _loading(progress: ProgressCallback) -> Any:
+    """Reports layers once loading has taken a moment; what is there at once needs no progress."""
+    begun = time.monotonic()
+
     def listen(done: int, total: int) -> None:
+        if time.monotonic() - begun < QUIET_S:
+            return
         progress(Progress(stage="loading", fraction=done / total, layer=done, num_layers=total))
 
     return listen

@@ -25,12 +25,15 @@ class CacheShape:
     num_taps: int
     hidden_size: int
     taps_dtype: torch.dtype
+    drafter_token_bytes: int = 0
+    """What a drafter keeps of each position by itself."""
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block in all layers, its taps included."""
+        """Bytes of one block in all layers, its taps and what a drafter keeps of its positions included."""
         kv = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        return self.block_size * (kv + self.num_taps * self.hidden_size * self.taps_dtype.itemsize)
+        taps = self.num_taps * self.hidden_size * self.taps_dtype.itemsize
+        return self.block_size * (kv + taps + self.drafter_token_bytes)
 
 
 class KvCache:

@@ -59,7 +59,9 @@ def load_llm(
     budget = Budget.of(device, options.max_memory)
     needed = weight_bytes(source, form, longest, ranks)
 
-    def plan(taps: int, drafts: int, drafter_bytes: int) -> tuple[CacheShape, MemoryPlan]:
+    def plan(
+        taps: int, drafts: int, drafter_bytes: int, drafter_token_bytes: int
+    ) -> tuple[CacheShape, MemoryPlan]:
         shape = CacheShape(
             num_layers=config.num_hidden_layers,
             num_kv_heads=config.num_key_value_heads // ranks.size,
@@ -69,6 +71,7 @@ def load_llm(
             num_taps=taps,
             hidden_size=config.hidden_size,
             taps_dtype=form.dtype,
+            drafter_token_bytes=drafter_token_bytes,
         )
         logits = options.max_num_seqs * (1 + drafts)
         return shape, budget.plan(
@@ -82,7 +85,7 @@ def load_llm(
             cache_bytes=options.kv_cache_memory,
         )
 
-    plan(0, 0, 0)  # refused before anything is read
+    plan(0, 0, 0, 0)  # refused before anything is read
     model = load_model(
         source,
         form,
@@ -93,7 +96,10 @@ def load_llm(
     )
     drafting = make_drafter(model) if make_drafter else None
     taps, drafts = (len(drafting.taps), drafting.num_draft_tokens) if drafting else (0, 0)
-    shape, memory = plan(taps, drafts, getattr(drafting, "nbytes", 0))
+    context = getattr(drafting, "context", None)  # prompt lookup and a program's own drafters have none
+    shape, memory = plan(
+        taps, drafts, getattr(drafting, "nbytes", 0), context.bytes_per_token if context is not None else 0
+    )
     cache = KvCache(shape, ranks.smallest(memory.num_blocks, device), device)
     taken = replace(options, activations=form.activations)
     llm = LLM(model, cache, source.folder, taken, memory, drafting, notices=form.notices)

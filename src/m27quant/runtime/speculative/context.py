@@ -24,6 +24,12 @@ class ContextCache:
         self._buffers: dict[int, Tensor] = {}
         self._lengths: dict[int, int] = {}
 
+    @property
+    def bytes_per_token(self) -> int:
+        """The most that a position takes: a buffer has room for half as many again."""
+        layers, two, heads, dim = self._shape
+        return layers * two * heads * dim * self._dtype.itemsize * 3 // 2
+
     def length(self, sequence: int) -> int:
         """Positions that are there."""
         return self._lengths.get(sequence, 0)
