@@ -172,10 +172,11 @@ def test_shifted_taps_are_named(nvfp4: Path, repository: Path, tmp_path: Path) -
     assert "M27-O011" in errors(verify(nvfp4, drafter=drafter))
 
 
-def test_without_a_drafter_nothing_is_drafted(nvfp4: Path) -> None:
+def test_without_a_drafter_nothing_is_drafted(nvfp4: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = verify(nvfp4, drafter=None)
     assert "drafter" not in result.facts["outputs"]
     assert main(["verify", str(nvfp4), "--outputs", "--max-tokens", "8", "--no-progress", "-q"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_prompts_file_takes_the_place_of_the_prompts(nvfp4: Path, tmp_path: Path) -> None:
