@@ -28,7 +28,7 @@ FOLDER = Path(__file__).parent / "_native"
 
 _thread = threading.local()
 
-_BYTES_PER_THREAD = 1 << 17  # waking a thread costs as much as 100 KB of work
+_BYTES_PER_THREAD = 1 << 20  # waking a thread costs as much as some hundred KB of work
 
 _FP8 = [c_void_p, c_void_p, c_int64, c_int64, c_int64]  # weight, scale_inv, K, rows and columns of a block
 _ROWS = [c_int64, c_int64]  # first row, row after the last
