@@ -95,6 +95,18 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
             f"tensor '{escape(info.name)}' has dtype {info.dtype}; drafters are BF16", hint="store it in BF16"
         )
     raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    if info.nbytes:
+        read_bytes_of(info, byte_view(raw))
+    return raw.view(dtypes[info.dtype]).view(info.shape)
+
+
+def read_bytes_of(info: TensorInfo, buffer: memoryview) -> None:
+    """Fill `buffer` with a tensor's bytes as they are stored.
+
+    Raises:
+        EnvironmentFault: the file cannot be opened or read.
+        CheckpointError: it is shorter than its header said.
+    """
     shown = escape(info.path)
     try:
         fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -103,8 +115,6 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
             f"{shown}: cannot be opened ({fault.strerror})", hint="check its permissions"
         ) from None
     try:
-        if info.nbytes:
-            pread_exactly(fd, byte_view(raw), info.start, shown)
+        pread_exactly(fd, buffer, info.start, shown)
     finally:
         os.close(fd)
-    return raw.view(dtypes[info.dtype]).view(info.shape)

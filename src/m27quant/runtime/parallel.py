@@ -28,11 +28,6 @@ class Ranks:
     rank: int = 0
     size: int = 1
 
-    @property
-    def is_first(self) -> bool:
-        """It is the one that speaks."""
-        return self.rank == 0
-
     def part(self, count: int) -> slice:
         """This rank's share of `count` things."""
         each = count // self.size

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from array import array
 
 from m27quant.checkpoint.config import M2Config
 from m27quant.checkpoint.drafter_config import DrafterConfig
-from m27quant.checkpoint.header import TensorInfo, pread_exactly
-from m27quant.errors import EnvironmentFault, escape
+from m27quant.checkpoint.drafter_weights import read_bytes_of
+from m27quant.checkpoint.header import TensorInfo
+from m27quant.errors import escape
 from m27quant.verify.collect import Findings
 
 INTEGERS = {"I64": "q", "I32": "i"}
@@ -111,17 +111,7 @@ def _integers(info: TensorInfo) -> list[int]:
 def _read(info: TensorInfo) -> bytes:
     """The tensor's bytes; at most 128 MiB, as config.json's sizes are bounded and were compared with its shape."""
     buffer = bytearray(info.nbytes)
-    shown = escape(info.path)
-    try:
-        fd = os.open(info.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as fault:
-        raise EnvironmentFault(
-            f"{shown}: cannot be opened ({fault.strerror})", hint="check its permissions"
-        ) from None
-    try:
-        pread_exactly(fd, memoryview(buffer), info.start, shown)
-    finally:
-        os.close(fd)
+    read_bytes_of(info, memoryview(buffer))
     return bytes(buffer)
 
 

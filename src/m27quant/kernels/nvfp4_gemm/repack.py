@@ -29,7 +29,7 @@ from m27quant.kernels.nvfp4_pack import reference as nvfp4_pack
 CHUNK = 32
 """Columns whose codes are rearranged among each other."""
 
-SIGN, MAGNITUDE = 8, 7
+SIGN = 8
 _PLACES = ((15, 8, 7, 6), (21, 14, 13, 12), (9, 2, 1, 0), (11, 4, 3, 10))
 """Where bits 3 to 0 of the four codes lie in the word, for its lower half; 16 further, cyclically, for its upper."""
 

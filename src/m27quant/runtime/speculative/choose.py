@@ -42,19 +42,9 @@ def make_named(
     def make(model: Model) -> Drafter:
         if str(name) == NGRAM:
             return _ngram(options, say)
-        loaded = load_drafter(
-            Path(name),
-            model.config,
-            model.embedding,
-            model.head,
-            options,
-            dtype=model.dtype,
-            device=model.device,
-        )
-        if options.tap_offset == "auto":
-            choice = _measured(loaded, model, tokenizer_folder)
-            chosen = replace(options, tap_offset=1 if choice.offset else 0)
-            loaded = load_drafter(
+
+        def read(chosen: DrafterOptions) -> LoadedDrafter:
+            return load_drafter(
                 Path(name),
                 model.config,
                 model.embedding,
@@ -63,6 +53,12 @@ def make_named(
                 dtype=model.dtype,
                 device=model.device,
             )
+
+        loaded = read(options)
+        if options.tap_offset == "auto":
+            choice = _measured(loaded, model, tokenizer_folder)
+            if choice.hidden_states != loaded.drafter.taps:
+                loaded = read(replace(options, tap_offset=1 if choice.offset else 0))
             say(choice.statement)
         for note in loaded.notes[1 if options.tap_offset == "auto" else 0 :]:
             say(note)
