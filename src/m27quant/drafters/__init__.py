@@ -1,0 +1,1 @@
+"""Drafters are trained, evaluated and counted here."""
