@@ -33,6 +33,7 @@ def load(
     drafter: str | Path | Drafter | MakeDrafter | None = None,
     drafter_options: DrafterOptions | None = None,
     check: bool = True,
+    alone: bool = False,
     revision: str | None = None,
     offline: bool = False,
     token: str | None = None,
@@ -49,6 +50,7 @@ def load(
             makes one from the loaded model.
         drafter_options: for a drafter that is named.
         check: compare it with verify's rules first, every scale included; headers are compared in any case.
+        alone: under torchrun too this process holds the whole model, not its rank's share of it.
         revision: of a Hub id.
         offline: take from the Hub's cache only.
         token: for the Hub.
@@ -69,7 +71,7 @@ def load(
         _refuse_faulty(source, check, say)
         hub = {"offline": offline, "token": token}
         make = _maker(drafter, drafter_options, source.folder, say, hub)
-        return load_llm(source, options, make_drafter=make, say=say, progress=progress)
+        return load_llm(source, options, make_drafter=make, alone=alone, say=say, progress=progress)
 
 
 def _maker(

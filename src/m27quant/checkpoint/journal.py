@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from m27quant.checkpoint.durable import fault_point, raise_for_os_error, sync_folder
-from m27quant.errors import CheckpointError, escape
+from m27quant.errors import CheckpointError, EnvironmentFault, escape
 
 
 class Journal:
@@ -66,6 +66,23 @@ class Journal:
     def close(self) -> None:
         """Close the file; what was appended is durable already."""
         os.close(self._fd)
+
+
+def read_entries(path: Path) -> list[dict[str, Any]]:
+    """What is in a journal that another process may be writing; nothing where there is none.
+
+    Raises:
+        CheckpointError: damaged before its last line.
+        EnvironmentFault: not readable.
+    """
+    try:
+        return _parse(path, path.read_bytes())[0]
+    except FileNotFoundError:
+        return []
+    except OSError as fault:
+        raise EnvironmentFault(
+            f"{escape(path)}: cannot be read ({fault.strerror})", hint="check its permissions"
+        ) from None
 
 
 def _write_all(fd: int, data: bytes) -> None:

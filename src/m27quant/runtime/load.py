@@ -14,7 +14,7 @@ from m27quant.runtime.kv_cache import CacheShape, KvCache
 from m27quant.runtime.memory import Budget, MemoryPlan, step_bytes
 from m27quant.runtime.model import Model
 from m27quant.runtime.options import RunOptions
-from m27quant.runtime.parallel import join, local_device
+from m27quant.runtime.parallel import ALONE, join, local_device
 from m27quant.runtime.speculative.proposal import Drafter
 from m27quant.runtime.weights import choose_form, load_model, weight_bytes
 
@@ -27,6 +27,7 @@ def load_llm(
     options: RunOptions,
     *,
     make_drafter: MakeDrafter | None = None,
+    alone: bool = False,
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LLM:
@@ -36,6 +37,7 @@ def load_llm(
         source: the checkpoint; may be closed afterwards.
         options: how to run it.
         make_drafter: makes the drafter; none where None.
+        alone: this process holds the whole model, whatever ranks there are.
         say: takes one line about each thing that was decided.
         progress: called with layers loaded and layers in all.
 
@@ -45,7 +47,7 @@ def load_llm(
         UsageError: options that do not go with the checkpoint.
     """
     device = pick_device(local_device(options.device))
-    ranks = join(device)
+    ranks = ALONE if alone else join(device)
     ranks.check(source.config)
     form = choose_form(
         source,
