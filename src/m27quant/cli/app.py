@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import m27quant
-from m27quant.cli import env, explain, inspect, quantize, report, run, verify
+from m27quant.cli import env, explain, inspect, quantize, report, run, serve, verify
 from m27quant.cli.output import Mode, Output
 from m27quant.cli.recipe import recipe_app
 from m27quant.errors import EnvironmentFault, Interrupted, M27Error, UsageError
@@ -62,6 +62,7 @@ app.command("env")(env.env)
 app.command("quantize")(quantize.quantize)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
 app.command("explain")(explain.explain)

@@ -117,7 +117,7 @@ def _indivisible(c: M2Config, tp: int, experts_over: int) -> Iterator[str]:
         )
 
 
-def _slices(engine: Engine, tp: int, ep: int | None) -> int:
+def slices_of(engine: Engine, tp: int, ep: int | None) -> int:
     """Among how many GPUs one expert's matrices are cut."""
     if ep is None or ep == 1:
         return tp
@@ -162,7 +162,7 @@ def _check_engine(
         facts["expert_parallel"] = serving.ep
     if not _check_division(engine, c, tp, serving.ep, found):
         return facts
-    slices = _slices(engine, tp, serving.ep)
+    slices = slices_of(engine, tp, serving.ep)
     backend = None
     if gpu is not None:
         backend = pick(engine, gpu, all_to_all=engine == "vllm" and (serving.ep or 1) > tp)
@@ -189,7 +189,7 @@ def _smallest(engine: Engine, view: View, c: M2Config, serving: Serving, gpu: Gp
         if serving.ep is not None and (serving.ep % tp if engine == "vllm" else tp % serving.ep):
             continue
         needed = memory(
-            c, tp, _slices(engine, tp, serving.ep), serving.ep or 1, fp8_cache=cache_is_fp8(view, engine)
+            c, tp, slices_of(engine, tp, serving.ep), serving.ep or 1, fp8_cache=cache_is_fp8(view, engine)
         )
         if needed.total(serving.context or 0) <= MEMORY_SHARE * gpu.memory_bytes:
             return tp
@@ -212,7 +212,7 @@ def pick(engine: Engine, gpu: Gpu, *, all_to_all: bool = False) -> Backend:
 def _check_division(engine: Engine, c: M2Config, tp: int, ep: int | None, found: Findings) -> bool:
     """Whether the model can be cut so at all."""
     good = True
-    for why in _indivisible(c, tp, _slices(engine, tp, ep)):
+    for why in _indivisible(c, tp, slices_of(engine, tp, ep)):
         good = False
         sizes = ", ".join(map(str, tensor_parallel_sizes(c))) or "none"
         found.add(

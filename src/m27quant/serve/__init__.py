@@ -1,0 +1,1 @@
+"""The builtin server: OpenAI's HTTP interface over the runtime, for one machine."""

@@ -1,0 +1,360 @@
+"""`plan_launch`: how vLLM or SGLang is to serve a checkpoint, checked before anything starts."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from m27quant.checkpoint.config import M2Config
+from m27quant.checkpoint.drafter_config import DrafterConfig, Taps, parse_drafter, read_taps
+from m27quant.checkpoint.hub import Location
+from m27quant.checkpoint.strict_json import read_object
+from m27quant.errors import CheckpointError, FindingsError, UsageError, escape
+from m27quant.serve.detect import detect_gpus
+from m27quant.serve.engines_data import GPUS_PER_NODE, HOPPER, VERSIONS, EngineVersion
+from m27quant.serve.flags import MASTER, Choice, Setup, choose
+from m27quant.serve.memory_fit import Fit, fit
+from m27quant.serve.speculation import Speculation, Wish, drafter_size, plan_drafts
+from m27quant.verify.collect import Findings
+from m27quant.verify.configs import read_configs
+from m27quant.verify.engines import Engine
+from m27quant.verify.engines_data import ATTENTION, BACKENDS, GPUS, PADDING_BACKEND, Backend, Gpu
+from m27quant.verify.findings import Finding, Severity, VerifyResult
+from m27quant.verify.locate import find_checkpoint
+from m27quant.verify.run import Level, verify_checkpoint
+from m27quant.verify.serving import Serving, cache_is_fp8, memory, pick, slices_of, tensor_parallel_sizes
+from m27quant.verify.view import View
+
+KEY_VARIABLE = "M27QUANT_API_KEY"
+AVOIDED = {"M27-V006", "M27-V008", "M27-V010", "M27-V011", "M27-R021", "M27-R028"}
+"""Known faults that the flags avoid; of R021 a note says what is left."""
+SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchOptions:
+    """How to serve; what is None is chosen."""
+
+    engine: Engine
+    gpu: str | None = None
+    tp: int | None = None
+    ep: int | None = None
+    drafter: str | None = None
+    wish: Wish = field(default_factory=Wish)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_name: str | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    memory_share: float | None = None
+    """Of a GPU's memory, for the engine."""
+    has_key: bool = False
+    """An API key is asked for; the key itself is none of the command's."""
+    node_rank: int = 0
+    master: str | None = None
+    level: Level = "default"
+    revision: str | None = None
+    offline: bool = False
+    token: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """A command, and why it is so."""
+
+    engine: EngineVersion
+    setup: Setup
+    model: str
+    """Path or Hub id."""
+    choices: tuple[Choice, ...]
+    environment: dict[str, str]
+    reasons: dict[str, str]
+    """Of the environment's variables."""
+    notes: tuple[str, ...]
+    """What this engine's version cannot do, or does otherwise."""
+    findings: tuple[Finding, ...]
+    """Warnings and notes of the verification that the flags do not take care of."""
+    result: VerifyResult
+
+    def argv(self, key: str | None = None, *, model: str | None = None) -> list[str]:
+        """The command as words; `key` takes the place of the variable that stands for it."""
+        words = [*self.engine.program, model or self.model]
+        for choice in self.choices:
+            words.append(choice.flag.name)
+            if choice.variable is not None:
+                words.append(key if key is not None else f"${choice.variable}")
+            elif choice.value is not None:
+                words.append(choice.value)
+        return words
+
+    def shell(self) -> str:
+        """The command for a POSIX shell, an option a line."""
+        lines = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        if self.setup.has_key and self.engine.key_variable is not None:
+            lines.append(f'{self.engine.key_variable}="${KEY_VARIABLE}"')
+        lines.append(shlex.join([*self.engine.program, self.model]))
+        for choice in self.choices:
+            value = "" if choice.value is None else f" {shlex.quote(choice.value)}"
+            if choice.variable is not None:
+                value = f' "${choice.variable}"'
+            lines.append(f"  {choice.flag.name}{value}")
+        return " \\\n".join(lines)
+
+    def document(self) -> dict[str, Any]:
+        """The same as plain data."""
+        s = self.setup
+        return {
+            "engine": self.engine.name,
+            "engine_version": self.engine.version,
+            "checkpoint": escape(self.model, 4096),
+            "gpu": s.gpu.name,
+            "tensor_parallel": s.tp,
+            "expert_parallel": s.ep,
+            "nodes": s.nnodes,
+            "command": self.argv(),
+            "shell": self.shell(),
+            "environment": [
+                {"name": name, "value": value, "why": self.reasons.get(name)}
+                for name, value in self.environment.items()
+            ],
+            "flags": [
+                {
+                    "name": c.flag.name,
+                    "value": c.value if c.variable is None else f"${c.variable}",
+                    "why": c.why,
+                }
+                for c in self.choices
+            ],
+            "context": s.fit.context,
+            "memory": {
+                "usable_bytes": s.fit.usable,
+                "weight_bytes": s.fit.weights,
+                "drafter_bytes": s.fit.drafter,
+                "step_bytes": s.fit.steps,
+                "cache_bytes_per_token": s.fit.cache_per_token,
+                "cache_tokens": s.fit.tokens,
+            },
+            "notes": list(self.notes),
+            "findings": [{"code": f.check.code, "severity": f.severity, "message": f.message} for f in self.findings],
+        }  # fmt: skip
+
+
+def plan_launch(
+    checkpoint: str | os.PathLike[str],
+    options: LaunchOptions,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> Launch:
+    """Decide every flag and check the checkpoint for this engine.
+
+    Raises:
+        FindingsError: verify finds errors, or the model does not fit; names them.
+        UsageError: wishes that do not go together; no GPU was named or found.
+        CheckpointError, EnvironmentFault: as `verify_checkpoint` does.
+    """
+    engine = VERSIONS[options.engine]
+    location = find_checkpoint(
+        os.fspath(checkpoint), headers_only=options.level == "quick", revision=options.revision,
+        offline=options.offline, token=options.token, say=say,
+    )  # fmt: skip
+    gpu, there = _gpu(options, say)
+    view = View(folder=location.folder)
+    read_configs(view, Findings())
+    drafter = _drafter(options, say)
+    if view.config is None:  # verify says why
+        _refuse(_verify(location, options, Serving(gpu=gpu.name), drafter), set())
+        raise CheckpointError(f"{escape(location.folder)}: config.json is not usable")
+    setup, solved = _decide(view, view.config, engine, gpu, there, options, drafter)
+    serving = Serving(gpu=gpu.name, tp=setup.tp, ep=setup.ep, context=options.max_model_len)
+    result = _verify(location, options, serving, drafter)
+    _refuse(result, solved)
+    if not setup.fit.fits:
+        raise FindingsError(
+            f"M27-V004: {setup.fit.describe()} on each of {max(setup.tp, setup.ep or 1)} {gpu.name}, "
+            f"where {setup.fit.wanted or min(setup.fit.limit, 8192):,} are wanted",
+            hint="take more GPUs (--tp), a shorter --max-model-len, or more of the memory (--gpu-memory-utilization)",
+        )
+    speculation = setup.speculation
+    return Launch(
+        engine=engine,
+        setup=setup,
+        model=location.repo_id or os.path.abspath(location.folder),  # noqa: PTH100 - links stay as they are
+        choices=tuple(choose(replace(setup, revision=location.commit if location.repo_id else None))),
+        environment=dict(speculation.environment) if speculation else {},
+        reasons=dict(speculation.reasons) if speculation else {},
+        notes=tuple(_notes(setup)),
+        findings=tuple(f for f in result.findings if f.check.code not in AVOIDED | solved),
+        result=result,
+    )
+
+
+# -- what is there ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafter:
+    location: Location
+    config: DrafterConfig | None
+    raw: dict[str, Any]
+    weight_bytes: int
+
+    @property
+    def model(self) -> str:
+        return self.location.repo_id or os.path.abspath(self.location.folder)  # noqa: PTH100
+
+
+def _gpu(options: LaunchOptions, say: Callable[[str], None]) -> tuple[Gpu, int | None]:
+    """The GPU, and how many this machine has where that was asked of it."""
+    if options.gpu is not None:
+        if options.gpu not in GPUS:
+            raise UsageError(f"unknown gpu '{escape(options.gpu)}'", hint=f"one of: {', '.join(GPUS)}")
+        return GPUS[options.gpu], None
+    name, count = detect_gpus()
+    say(f"GPUs of this machine: {count} {name}")
+    return GPUS[name], count
+
+
+def _drafter(options: LaunchOptions, say: Callable[[str], None]) -> _Drafter | None:
+    """The drafter's config, as far as it can be read: verify says what is wrong with it."""
+    if options.drafter is None:
+        return None
+    location = find_checkpoint(options.drafter, offline=options.offline, token=options.token, say=say)
+    folder = location.folder
+    if not folder.is_dir():
+        raise CheckpointError(f"{escape(folder)}: no such folder", hint="name the drafter's folder")
+    try:
+        raw = read_object(folder / "config.json")
+    except CheckpointError:
+        return _Drafter(location, None, {}, 0)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+    return _Drafter(location, parse_drafter(raw, Findings()), raw, size)
+
+
+def _verify(
+    location: Location, options: LaunchOptions, serving: Serving, drafter: _Drafter | None
+) -> VerifyResult:
+    return verify_checkpoint(
+        location,
+        level=options.level,
+        engine=options.engine,
+        serving=serving,
+        drafter=None if drafter is None else drafter.location.folder,
+    )
+
+
+def _refuse(result: VerifyResult, solved: set[str]) -> None:
+    """Stop at errors, by name."""
+    errors = [f for f in result.findings if f.severity is Severity.ERROR and f.check.code not in solved]
+    if errors:
+        shown = "; ".join(f"{f.check.code} {f.message}" for f in errors[:SHOWN])
+        more = f"; and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
+        raise FindingsError(
+            f"{escape(result.checkpoint)}: not fit to be served: {shown}{more}",
+            hint=f"`m27quant verify {escape(result.checkpoint)}` tells all of them, "
+            f"`m27quant explain {errors[0].check.code}` what to do",
+        )
+
+
+# -- decisions -------------------------------------------------------------------------------------
+
+
+def _decide(
+    view: View,
+    c: M2Config,
+    engine: EngineVersion,
+    gpu: Gpu,
+    there: int | None,
+    options: LaunchOptions,
+    drafter: _Drafter | None,
+) -> tuple[Setup, set[str]]:
+    """The setup, and the codes of findings that its flags solve."""
+    sizes = [options.tp] if options.tp else _sizes(c, engine, gpu, there)
+    for tp in sizes:
+        setup, solved = _with_tp(view, c, engine, gpu, tp, options, drafter)
+        if setup.fit.fits:
+            break
+    return setup, solved
+
+
+def _sizes(c: M2Config, engine: EngineVersion, gpu: Gpu, there: int | None) -> list[int]:
+    """Tensor-parallel sizes to try, the smallest first."""
+    sizes = tensor_parallel_sizes(c, pick(engine.name, gpu).needs) or [1]
+    return [tp for tp in sizes if there is None or tp <= there] or [1]
+
+
+def _with_tp(
+    view: View,
+    c: M2Config,
+    engine: EngineVersion,
+    gpu: Gpu,
+    tp: int,
+    options: LaunchOptions,
+    drafter: _Drafter | None,
+) -> tuple[Setup, set[str]]:
+    ep, backend, solved = _spread(c, engine.name, gpu, tp, options.ep)
+    slices = slices_of(engine.name, tp, ep)
+    declared = cache_is_fp8(view, engine.name)
+    fp8_cache = declared and not (engine.name == "sglang" and gpu.sm in HOPPER)  # M27-V008
+    speculation = _speculation(engine, gpu, c, options, drafter, fp8_cache)
+    size = None
+    if speculation is not None and drafter is not None and drafter.config is not None:
+        draft_fp8 = fp8_cache and not speculation.bf16_cache
+        size = drafter_size(drafter.config, drafter.weight_bytes, tp, fp8_cache=draft_fp8)
+    needed = memory(c, tp, slices, ep or 1, fp8_cache=fp8_cache, pads_to=backend.pads_to)
+    found: Fit = fit(
+        needed, c, gpu, tp=tp, slices=slices, share=options.memory_share or engine.memory_share,
+        steps_inside=engine.steps_inside, drafter=size, wanted=options.max_model_len,
+    )  # fmt: skip
+    attention = ATTENTION[engine.name][gpu.sm]
+    if speculation is not None and speculation.topk > 1 and attention == "trtllm_mha":
+        attention = "flashinfer"
+    gpus, per_node = max(tp, ep or 1), GPUS_PER_NODE.get(gpu.name, 8)
+    return Setup(
+        engine=engine, gpu=gpu, tp=tp, ep=ep, backend=backend, attention=attention, fp8_declared=declared,
+        fp8_cache=fp8_cache, fit=found, host=options.host, port=options.port, served_name=options.served_name,
+        max_seqs=options.max_num_seqs, has_key=options.has_key, nnodes=-(-gpus // per_node),
+        node_rank=options.node_rank, master=options.master, speculation=speculation,
+    ), solved  # fmt: skip
+
+
+def _spread(
+    c: M2Config, engine: Engine, gpu: Gpu, tp: int, ep: int | None
+) -> tuple[int | None, Backend, set[str]]:
+    """Whole experts to a GPU, or a kernel that pads, where slices would be too narrow for the picked one."""
+    backend = pick(engine, gpu, all_to_all=engine == "vllm" and (ep or 1) > tp)
+    if ep is not None or c.intermediate_size % (tp * backend.needs) == 0:
+        return ep, backend, set()
+    if tp > 1 and c.num_local_experts % tp == 0 and c.intermediate_size % backend.needs == 0:
+        return tp, pick(engine, gpu), set()
+    padding = next((b for b in BACKENDS[engine] if b.name == PADDING_BACKEND and gpu.sm in b.sm), None)
+    return (None, backend, set()) if padding is None else (None, padding, {"M27-V002"})
+
+
+def _speculation(
+    engine: EngineVersion,
+    gpu: Gpu,
+    c: M2Config,
+    options: LaunchOptions,
+    drafter: _Drafter | None,
+    fp8_cache: bool,
+) -> Speculation | None:
+    if drafter is None or drafter.config is None:
+        return None
+    taps: Taps | None = read_taps(drafter.config, c.num_hidden_layers, Findings())
+    return plan_drafts(
+        drafter.config, taps, options.wish, engine=engine, gpu=gpu, layers=c.num_hidden_layers,
+        fp8_cache=fp8_cache, model=drafter.model, revision=drafter.location.commit,
+    )  # fmt: skip
+
+
+def _notes(setup: Setup) -> list[str]:
+    notes = list(setup.speculation.notes) if setup.speculation else []
+    if setup.nnodes > 1:
+        notes.append(
+            f"{setup.nnodes} machines: start it on each, with --node-rank 0 to {setup.nnodes - 1}"
+            + (f"; {MASTER} stands for the address of machine 0" if setup.master is None else "")
+        )
+    return notes
