@@ -68,9 +68,18 @@ class Reply:
 class ReplyParser:
     """Feed it text as it is generated, then `finish()`; each returns what has become certain."""
 
-    def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None, *, thinking: bool = True) -> None:
-        """`thinking`: the prompt has opened `<think>`; `tools`: for names and types, as in the prompt."""
+    def __init__(
+        self, tools: Sequence[Mapping[str, Any]] | None = None, *, thinking: bool = True, calls: bool = True
+    ) -> None:
+        """Begin a reply.
+
+        Args:
+            tools: for names and types, as in the prompt.
+            thinking: the prompt has opened `<think>`.
+            calls: whether a tool call is one; else its text is text as any other.
+        """
         self.reply = Reply()
+        self._markers = (THINK_END, CALLS) if calls else (THINK_END,)
         self._schemas = None if tools is None else parameter_schemas(tools)
         self._state: _State = "thinking" if thinking else "content"
         self._buffer = ""
@@ -103,7 +112,7 @@ class ReplyParser:
             opens = self._opens(final)
             if opens is not False:
                 return bool(opens)
-        marker = self._emit_until("thinking", (THINK_END, CALLS), events, final)
+        marker = self._emit_until("thinking", self._markers, events, final)
         if marker == CALLS:
             events.append(self._keep(Problem("a tool call inside of the thoughts, which it ends")))
         if marker:
@@ -117,7 +126,7 @@ class ReplyParser:
                 self._state = "thinking"
             if opens is not False:
                 return bool(opens)
-        marker = self._emit_until("content", (CALLS, THINK_END), events, final)
+        marker = self._emit_until("content", self._markers, events, final)
         if marker == THINK_END:
             events.append(self._keep(Problem(f"{THINK_END} without thoughts before it", THINK_END)))
         if marker == CALLS:

@@ -1,0 +1,291 @@
+"""The application: paths, and the gate before them that knows keys, hosts and whether the server is ending."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import m27quant
+from m27quant.errors import UsageError, escape
+from m27quant.runtime.api import LLM
+from m27quant.serve import openapi
+from m27quant.serve.answer import Answer, refuse_overload
+from m27quant.serve.chat import ChatForm, prompt_of
+from m27quant.serve.completion import CompletionForm, prompts_of
+from m27quant.serve.errors import (
+    ApiError,
+    draining,
+    from_fault,
+    invalid,
+    not_found,
+    server_fault,
+    unauthorized,
+)
+from m27quant.serve.forms import Form
+from m27quant.serve.limits import LOOPBACK_NAMES, ServerOptions, read_body
+from m27quant.serve.protocol import ChatRequest, CompletionRequest, Settings, parse
+from m27quant.serve.worker import Mailbox, Ticket, Worker
+
+log = logging.getLogger("m27quant.serve")
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+LARGE_BODY = 2**16
+"""Bytes of a request above which its prompt is made beside the event loop."""
+
+
+class Service:
+    """What the paths share."""
+
+    def __init__(self, llm: LLM, worker: Worker, options: ServerOptions, model: str) -> None:
+        self.llm, self.worker, self.options, self.model = llm, worker, options, model
+        self.started = int(time.time())
+        self.is_draining = False
+        self.num_requests = 0
+        """HTTP requests that are being answered."""
+
+    async def chat(self, request: Request) -> Response:
+        body = await self._body(request)
+        asked, raw = parse(ChatRequest, body)
+        self._check(asked)
+        if asked.tool_choice not in (None, "auto", "none"):
+            raise invalid("tool_choice must be auto or none", param="tool_choice")
+        prompt = await _beside(len(body), prompt_of, self.llm, asked, raw)
+        form = ChatForm(self.llm, asked, raw, prompt, self.model)
+        return self._answer(form, [prompt.token_ids], asked)
+
+    async def completion(self, request: Request) -> Response:
+        body = await self._body(request)
+        asked, _ = parse(CompletionRequest, body)
+        self._check(asked)
+        prompts = await _beside(len(body), prompts_of, self.llm, asked)
+        form = CompletionForm(self.llm, asked, prompts, self.model)
+        return self._answer(form, prompts, asked)
+
+    def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [self._model()]}
+
+    def one_model(self, name: str) -> dict[str, Any]:
+        self._check_name(name)
+        return self._model()
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self.model,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "m27quant",
+            "max_model_len": self.llm.max_model_len,
+        }
+
+    def _check_name(self, name: str | None) -> None:
+        if name is not None and name != self.model:
+            raise not_found(
+                f"there is no model '{escape(name)}' here, only '{escape(self.model)}'",
+                code="model_not_found", param="model",
+            )  # fmt: skip
+
+    async def _body(self, request: Request) -> bytes:
+        return await read_body(request.receive, dict(request.scope["headers"]), self.options)
+
+    def _check(self, asked: Settings) -> None:
+        """What the models of requests cannot say of themselves."""
+        self._check_name(asked.model)
+        if asked.stream_options is not None and not asked.stream:
+            raise invalid("stream_options are for a stream: pass stream", param="stream_options")
+        most = self.options.max_tokens
+        if most is not None and (asked.wanted_tokens or 0) > most:
+            raise invalid(f"an answer has at most {most} tokens on this server", param="max_tokens")
+
+    def _answer(self, form: Form, prompts: list[list[int]], asked: Settings) -> Response:
+        n = asked.n or 1
+        if form.num_choices > self.options.max_choices:
+            raise invalid(
+                f"a request has at most {self.options.max_choices} answers on this server", param="n"
+            )
+        for prompt in prompts:
+            self._check_length(prompt)
+        mailbox = Mailbox()
+        stream = bool(asked.stream)
+        tickets = []
+        for index in range(form.num_choices):
+            params = asked.sampling(index % n, self.options.max_tokens)
+            tickets.append(Ticket(index, prompts[index // n], params, mailbox, stream))
+        try:
+            self.llm.generation.complete(tickets[0].params, self.llm.model.config.vocab_size)
+        except UsageError as fault:
+            raise from_fault(fault, param=fault.message.split()[0]) from None
+        refuse_overload(self.worker, self.options, len(tickets))
+        return Answer(self.worker, self.options, form, tickets, mailbox)
+
+    def _check_length(self, prompt: list[int]) -> None:
+        most = self.llm.max_model_len
+        if not prompt:
+            raise invalid("the prompt is empty", param="prompt")
+        if len(prompt) >= most:
+            raise invalid(
+                f"the prompt has {len(prompt)} tokens; with an answer at most {most} fit",
+                code="context_length_exceeded",
+            )
+
+
+async def _beside(size: int, function: Any, *arguments: Any) -> Any:
+    """Long texts are made tokens of in a thread: the streams of others go on."""
+    if size < LARGE_BODY:
+        return function(*arguments)
+    import asyncio
+
+    return await asyncio.to_thread(function, *arguments)
+
+
+class Gate:
+    """Before every path: the host, the key, and no more work once the server is ending."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+        options = service.options
+        self._key = None if options.api_key is None else options.api_key.encode()
+        # a page that makes its name point here must not reach a server that needs no key
+        self._hosts = {*LOOPBACK_NAMES, options.host} if options.is_loopback else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        service = self._service
+        service.num_requests += 1
+        status = 500
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            fault = self._refusal(scope)
+            if fault is not None:
+                await _error(fault)(scope, receive, note)
+            else:
+                await self._app(scope, receive, note)
+        finally:
+            service.num_requests -= 1
+            path = scope["path"] if scope["path"] in openapi.PATHS else "other"
+            service.worker.metrics.responses[(path, status)] += 1
+
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        if self._hosts is not None and _host(headers.get(b"host", b"")) not in self._hosts:
+            return ApiError(403, "the Host header names another machine", code="wrong_host")
+        if scope["path"].startswith("/v1/"):
+            if scope["method"] != "OPTIONS" and not self._knows(headers.get(b"authorization", b"")):
+                return unauthorized()
+            if self._service.is_draining:
+                return draining()
+        return None
+
+    def _knows(self, sent: bytes) -> bool:
+        if self._key is None:
+            return True
+        scheme, _, key = sent.partition(b" ")
+        return hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
+
+
+def _host(header: bytes) -> str:
+    """Without the port."""
+    text = header.decode("latin-1").strip().lower()
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0]
+
+
+def _error(fault: ApiError) -> Response:
+    return Response(fault.body(), fault.status, fault.headers, media_type="application/json")
+
+
+def make_app(service: Service) -> ASGIApp:
+    """The application, gate and all."""
+    app = FastAPI(
+        title="m27quant",
+        version=m27quant.__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json",
+    )
+    _add_paths(app, service)
+    _add_faults(app)
+    openapi.describe(app)
+    if service.options.chat_page:
+        from m27quant.serve.page_files import add_page
+
+        add_page(app)
+    gated: ASGIApp = Gate(app, service)
+    if service.options.cors_origins:
+        gated = CORSMiddleware(
+            gated, allow_origins=service.options.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return gated
+
+
+def _add_paths(app: FastAPI, service: Service) -> None:
+    @app.get("/health", **openapi.HEALTH)
+    async def health() -> Response:
+        if service.is_draining:
+            return _error(draining())
+        if not service.worker.is_healthy:
+            return _error(server_fault("the engine's last step failed"))
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics", **openapi.METRICS)
+    async def metrics() -> Response:
+        return PlainTextResponse(
+            service.worker.metrics.text(service.llm, service.model), media_type=PROMETHEUS
+        )
+
+    @app.get("/v1/models", **openapi.MODELS)
+    async def models() -> Response:
+        return JSONResponse(service.models())
+
+    @app.get("/v1/models/{name:path}", **openapi.MODEL)
+    async def model(name: str) -> Response:
+        return JSONResponse(service.one_model(name))
+
+    @app.post("/v1/chat/completions", **openapi.CHAT)
+    async def chat(request: Request) -> Response:
+        return await service.chat(request)
+
+    @app.post("/v1/completions", **openapi.COMPLETION)
+    async def completion(request: Request) -> Response:
+        return await service.completion(request)
+
+
+def _add_faults(app: FastAPI) -> None:
+    """Whatever goes wrong is an error object."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, fault: Exception) -> Response:
+        assert isinstance(fault, ApiError)
+        return _error(fault)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, fault: Exception) -> Response:
+        assert isinstance(fault, HTTPException)
+        where = f"{request.method} {escape(request.url.path)}"
+        code = {404: "unknown_path", 405: "method_not_allowed"}.get(fault.status_code)
+        message = f"there is no {where}" if code else str(fault.detail)
+        return _error(ApiError(fault.status_code, message, code=code, headers=fault.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_request(request: Request, fault: Exception) -> Response:
+        return _error(invalid("the request's path or query cannot be"))
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, fault: Exception) -> Response:
+        return _error(server_fault())

@@ -1,0 +1,197 @@
+"""What Prometheus reads at /metrics: names as vLLM has them, with our prefix.
+
+The engine's thread counts, the event loop's writes them out; a figure that is a step behind another does no harm.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from m27quant.runtime.api import LLM
+from m27quant.runtime.sequence import Sequence as Running
+
+PREFIX = "m27quant:"
+TTFT_S = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+)
+TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+REQUEST_S = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+
+
+class Histogram:
+    """Counts per bucket, and the sum; bounds are inclusive upper ones."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds, self.total = bounds, 0.0
+        self.counts = [0] * (len(bounds) + 1)
+
+    def observe(self, value: float, count: int = 1) -> None:
+        """`count` times `value`."""
+        self.counts[bisect_left(self.bounds, value)] += count
+        self.total += value * count
+
+    def lines(self, name: str) -> Iterator[str]:
+        below = 0
+        for bound, count in zip((*self.bounds, float("inf")), self.counts, strict=True):
+            below += count
+            yield f'{name}_bucket{{le="{"+Inf" if bound == float("inf") else bound}"}} {below}'
+        yield f"{name}_sum {self.total}"
+        yield f"{name}_count {below}"
+
+
+class Metrics:
+    """All that is counted."""
+
+    def __init__(self) -> None:
+        self.time_to_first_token = Histogram(TTFT_S)
+        self.inter_token_latency = Histogram(TOKEN_S)
+        self.request_latency = Histogram(REQUEST_S)
+        self.prompt_tokens = self.cached_tokens = self.output_tokens = self.preemptions = 0
+        self.finished_requests: Counter[str] = Counter()
+        self.responses: Counter[tuple[str, int]] = Counter()
+        """By path and HTTP status."""
+        self.num_drafts = self.draft_tokens = 0
+        self.accepted_per_position: list[int] = []
+
+    def tokens(self, sequence: Running, count: int, seconds: float, *, first: bool) -> None:
+        """A step gave a sequence so many tokens, so long after the ones before."""
+        if not count:
+            return
+        if first:
+            self.time_to_first_token.observe(seconds)
+            self.prompt_tokens += sequence.num_prompt
+            self.cached_tokens += sequence.timing.num_reused
+        else:
+            self.inter_token_latency.observe(seconds / count, count)
+        self.output_tokens += count
+        timing = sequence.timing
+        if timing.drafted and timing.drafted[-1]:
+            self.num_drafts += 1
+            self.draft_tokens += timing.drafted[-1]
+            accepted = timing.accepted[-1]
+            while len(self.accepted_per_position) < accepted:
+                self.accepted_per_position.append(0)
+            for position in range(accepted):
+                self.accepted_per_position[position] += 1
+
+    def finished(self, sequence: Running, *, failed: bool = False) -> None:
+        """A sequence ended, for whatever reason."""
+        timing = sequence.timing
+        reason = "error" if failed else sequence.finish_reason or "error"
+        self.finished_requests[reason] += 1
+        self.preemptions += timing.num_preemptions
+        if reason in ("stop", "length") and timing.finished is not None:
+            self.request_latency.observe(timing.finished - timing.arrived)
+
+    def text(self, llm: LLM, model: str) -> str:
+        """Prometheus' text format, version 0.0.4."""
+        return "\n".join([*self._lines(llm, model), ""])
+
+    def _lines(self, llm: LLM, model: str) -> Iterator[str]:
+        scheduler = llm.engine.scheduler
+        blocks = scheduler.blocks
+        yield from _one(
+            "model_info", "gauge", "The model that is served.", {f'{{model_name="{_label(model)}"}}': 1}
+        )
+        yield from _one(
+            "num_requests_running", "gauge", "Answers in the engine.", {"": len(scheduler.running)}
+        )
+        yield from _one("num_requests_waiting", "gauge", "Answers that wait.", {"": len(scheduler.waiting)})
+        used = 1 - blocks.num_free / blocks.num_blocks
+        yield from _one(
+            "kv_cache_usage_perc", "gauge", "Blocks of the KV cache in use, 1 is all.", {"": used}
+        )
+        yield from _one(
+            "num_preemptions_total", "counter", "Answers put back for want of blocks.", {"": self.preemptions}
+        )
+        yield from _one("prompt_tokens_total", "counter", "Tokens of prompts.", {"": self.prompt_tokens})
+        yield from _one(
+            "prefix_cache_queries_total",
+            "counter",
+            "Tokens of prompts looked up in the cache.",
+            {"": self.prompt_tokens},
+        )
+        yield from _one(
+            "prefix_cache_hits_total",
+            "counter",
+            "Of these the ones that were there.",
+            {"": self.cached_tokens},
+        )
+        yield from _one("generation_tokens_total", "counter", "Tokens of answers.", {"": self.output_tokens})
+        yield from _one(
+            "request_success_total", "counter", "Answers by how they ended.",
+            {f'{{finished_reason="{reason}"}}': n for reason, n in sorted(self.finished_requests.items())},
+        )  # fmt: skip
+        yield from _one(
+            "http_requests_total", "counter", "Responses by path and status.",
+            {f'{{path="{p}",status="{s}"}}': n for (p, s), n in sorted(self.responses.items())},
+        )  # fmt: skip
+        yield from self._drafts()
+        yield from _histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", self.time_to_first_token
+        )
+        yield from _histogram(
+            "inter_token_latency_seconds",
+            "Between tokens; a step's time is shared among its tokens.",
+            self.inter_token_latency,
+        )
+        yield from _histogram(
+            "e2e_request_latency_seconds", "From arrival to the last token.", self.request_latency
+        )
+
+    def _drafts(self) -> Iterator[str]:
+        per_position = self.accepted_per_position
+        yield from _one(
+            "spec_decode_num_drafts_total",
+            "counter",
+            "Steps of an answer that verified drafts.",
+            {"": self.num_drafts},
+        )
+        yield from _one(
+            "spec_decode_num_draft_tokens_total", "counter", "Tokens drafted.", {"": self.draft_tokens}
+        )
+        yield from _one(
+            "spec_decode_num_accepted_tokens_total", "counter", "Of these accepted.", {"": sum(per_position)}
+        )
+        yield from _one(
+            "spec_decode_num_accepted_tokens_per_pos_total", "counter", "Accepted, by place in the draft.",
+            {f'{{position="{k}"}}': n for k, n in enumerate(per_position)},
+        )  # fmt: skip
+
+
+def _one(name: str, kind: str, meaning: str, values: Mapping[str, float]) -> Iterable[str]:
+    yield f"# HELP {PREFIX}{name} {meaning}"
+    yield f"# TYPE {PREFIX}{name} {kind}"
+    for labels, value in values.items():
+        yield f"{PREFIX}{name}{labels} {value}"
+
+
+def _histogram(name: str, meaning: str, histogram: Histogram) -> Iterable[str]:
+    yield f"# HELP {PREFIX}{name} {meaning}"
+    yield f"# TYPE {PREFIX}{name} histogram"
+    yield from histogram.lines(PREFIX + name)
+
+
+def _label(text: str) -> str:
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -1,0 +1,213 @@
+"""The builtin server: a socket, a loaded model, uvicorn, and an end that finishes what was begun."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from m27quant.errors import EnvironmentFault, escape
+from m27quant.runtime.options import RunOptions
+from m27quant.serve.limits import ServerOptions as ServerOptions
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from m27quant.runtime.api import LLM
+    from m27quant.serve.app import Service
+
+log = logging.getLogger("m27quant.serve")
+SWITCH_S = 0.0005
+"""How long a thread may keep Python's lock from the engine's."""
+
+
+def serve(
+    source: str | Path | Callable[[], LLM],
+    options: RunOptions | None = None,
+    drafter: Any = None,
+    server: ServerOptions | None = None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    **load_arguments: Any,
+) -> int:
+    """Serve a model until a signal ends it; returns the exit code.
+
+    The first SIGTERM or SIGINT lets answers that were begun finish and refuses new ones; the second ends at once.
+
+    Args:
+        source: a checkpoint as `m27quant.load` takes it, or a function that gives a loaded model.
+        options: how to run the model.
+        drafter: as `m27quant.load` takes it.
+        server: how to serve it.
+        say: takes one line about each thing that was decided, and the address.
+        load_arguments: further arguments of `m27quant.load`.
+
+    Raises:
+        EnvironmentFault: the extra `serve` is not installed, or the address cannot be bound.
+        M27Error: as `m27quant.load`.
+    """
+    server = server or ServerOptions()
+    _require()
+    from m27quant.serve.app import Service, make_app
+    from m27quant.serve.metrics import Metrics
+    from m27quant.serve.worker import Worker
+
+    with contextlib.closing(_bind(server)) as listener:
+        if not server.is_loopback and server.api_key is None:
+            say(f"anybody who reaches {escape(server.host)} can use this server: set an API key")
+        if callable(source):
+            llm = source()
+        else:
+            from m27quant.llm import load
+
+            llm = load(source, options, drafter=drafter, say=say, **load_arguments)
+        _warm(llm)
+        service = Service(llm, Worker(llm, Metrics()), server, server.served_model_name or _name(source, llm))
+        return _Run(service, make_app(service), listener, say).run()
+
+
+def _require() -> None:
+    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise EnvironmentFault(
+            f"the builtin server needs {' and '.join(missing)}", hint="pip install 'm27quant[serve]'"
+        )
+
+
+def _bind(options: ServerOptions) -> socket.socket:
+    """Before the model is loaded: a port that is taken is known at once.  It refuses connections until then."""
+    try:
+        found = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as fault:
+        raise EnvironmentFault(
+            f"{escape(options.host)}:{options.port} cannot be bound ({fault.strerror})",
+            hint="choose another --host or --port",
+        ) from None
+    return listener
+
+
+def _name(source: object, llm: LLM) -> str:
+    folder = Path(str(source)) if isinstance(source, str | Path) else None
+    return (
+        folder.resolve().name
+        if folder is not None and folder.is_dir()
+        else str(source)
+        if folder
+        else "m27quant"
+    )
+
+
+def _warm(llm: LLM) -> None:
+    """What is imported or built with the first prompt must not hold up the first client."""
+    if llm.tokenizer is None:
+        return
+    llm.tokenizer.token_bytes(0)
+    if llm.tokenizer.has_chat_template:
+        from m27quant.errors import M27Error
+        from m27quant.runtime.chat import chat_prompt
+
+        with contextlib.suppress(M27Error):
+            chat_prompt(llm.tokenizer, [{"role": "user", "content": "Hello"}])
+
+
+class _Run:
+    """A server from its first request to its last."""
+
+    def __init__(
+        self, service: Service, app: Any, listener: socket.socket, say: Callable[[str], None]
+    ) -> None:
+        self._service, self._listener, self._say = service, listener, say
+        self._server = _uvicorn(app)
+        self._signals = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self) -> int:
+        before, switch = {}, sys.getswitchinterval()
+        if threading.current_thread() is threading.main_thread():
+            before = {s: signal.signal(s, self._signalled) for s in (signal.SIGINT, signal.SIGTERM)}
+        sys.setswitchinterval(SWITCH_S)
+        try:
+            with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
+                runner.run(self._main())
+        finally:
+            sys.setswitchinterval(switch)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+        return 0
+
+    async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        worker = self._service.worker
+        worker.start(self._loop)
+        watching = asyncio.create_task(self._announce())
+        try:
+            await self._server._serve([self._listener])
+        finally:
+            watching.cancel()
+            worker.stop()
+
+    async def _announce(self) -> None:
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+        host, port = self._listener.getsockname()[:2]
+        self._say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+
+    def _signalled(self, signum: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            os._exit(128 + signum)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain()))
+
+    async def _drain(self) -> None:
+        """Refuse what is new, wait for what runs, then let uvicorn end."""
+        service = self._service
+        service.is_draining = True
+        self._say(f"finishing {service.worker.num_live} answers; once more to stop at once")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(service.options.drain_timeout_s):
+                while service.worker.num_live or service.num_requests:
+                    await asyncio.sleep(0.05)
+        self._server.should_exit = True
+
+
+def _uvicorn(app: Any) -> uvicorn.Server:
+    import uvicorn
+
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False, backlog=1024,
+        timeout_keep_alive=30, timeout_graceful_shutdown=1, h11_max_incomplete_event_size=2**16,
+    )  # fmt: skip
+    config.load()
+    config.http_protocol_class = _with_error_objects(config.http_protocol_class)
+    return uvicorn.Server(config)
+
+
+def _with_error_objects(protocol: Any) -> Any:
+    """What cannot even be read as HTTP gets an error object, too."""
+    from m27quant.serve.errors import invalid
+
+    class Protocol(protocol):  # type: ignore[misc]
+        def send_400_response(self, msg: str) -> None:
+            body = invalid("not a valid HTTP request", code="invalid_http").body()
+            head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+            self.transport.close()
+
+    return Protocol
