@@ -140,7 +140,7 @@ def _drafts(s: Setup) -> Iterator[Choice]:
             config["kv_cache_dtype"] = "bfloat16"
         yield Choice(f[f"spec.{d.kind}"], json.dumps(config, separators=(",", ":")), d.detail)
         return
-    yield Choice(f["spec.eagle3"], *f["spec.eagle3"].values, detail=d.detail)
+    yield Choice(f["spec.eagle3"], f["spec.eagle3"].values[0], d.detail)
     yield Choice(f["draft_model"], d.model)
     if d.revision is not None:
         yield Choice(f["draft_revision"], d.revision)
