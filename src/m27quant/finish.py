@@ -14,7 +14,6 @@ from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.quant_config import hf_quant_config, output_config, quantization_config
 from m27quant.checkpoint.source import INDEX
 from m27quant.checkpoint.workspace import CONFIG, REPORT
-from m27quant.layer_job import Job
 from m27quant.plan import Plan
 from m27quant.prepare import Prepared
 from m27quant.report.quantization import build_report
@@ -23,11 +22,20 @@ OWN_DOCUMENTS = (CONFIG, "hf_quant_config.json", INDEX, REPORT, "README.md")
 
 
 def build_result(
-    prepared: Prepared, job: Job, fingerprint: Mapping[str, Any]
+    prepared: Prepared,
+    done: Mapping[str, Mapping[str, Any]],
+    dropped: Sequence[int],
+    fingerprint: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, bytes]]:
-    """(report, work file -> final shard name, small files)."""
+    """(report, work file -> final shard name, small files).
+
+    Args:
+        prepared: the source and the plan.
+        done: the journal's entry of every unit by its name.
+        dropped: calibration rows that gave NaN or Inf.
+        fingerprint: the run's.
+    """
     source, plan = prepared.source, prepared.plan
-    done = {e["name"]: e for e in job.workspace.journal.all("unit")}
     units = [done[unit.name] for unit in plan.units]
     records = [e["record"] for e in units if "record" in e]
     written = [f for e in units for f in e["files"] if not is_hidden(f)]
@@ -48,7 +56,7 @@ def build_result(
         fingerprint=fingerprint,
         source={"name": base_model, "repo_id": location.repo_id, "commit": location.commit},
         recipe=_recipe(prepared),
-        calibration=_calibration(prepared, job),
+        calibration=_calibration(prepared, dropped),
         records=records,
         shards={
             final: {key: f[key] for key in ("size", "sha256", "xxh3_128") if key in f}
@@ -60,7 +68,7 @@ def build_result(
             "output_bytes": plan.tensor_bytes,
             "num_tensors": plan.num_tensors,
         },
-        notices=[*prepared.notices, *_findings(records, job)],
+        notices=[*prepared.notices, *_findings(records, dropped)],
     )
     documents[REPORT] = sidecars.to_json(report)
     card = render_card(
@@ -95,7 +103,7 @@ def _shown(dataset: str) -> str:
     return Path(dataset).name if Path(dataset).is_file() else dataset
 
 
-def _calibration(prepared: Prepared, job: Job) -> dict[str, Any]:
+def _calibration(prepared: Prepared, dropped: Sequence[int]) -> dict[str, Any]:
     calibration = prepared.recipe.calibration
     return {
         "datasets": [Path(d.path).name if existing(d.path) else d.path for d in calibration.datasets],
@@ -104,17 +112,17 @@ def _calibration(prepared: Prepared, job: Job) -> dict[str, Any]:
         "seq_len": calibration.seq_len,
         "moe_calib": prepared.plan.resolved.moe_calib,
         "tokens_sha256": prepared.sequences.digest,
-        "dropped_rows": sorted(job.dropped.sequences),
+        "dropped_rows": sorted(dropped),
     }
 
 
-def _findings(records: Sequence[Mapping[str, Any]], job: Job) -> list[str]:
+def _findings(records: Sequence[Mapping[str, Any]], dropped: Sequence[int]) -> list[str]:
     """What the work itself found noteworthy."""
     zero = [name for r in records for name in r["zero_range"]]
     dead = [name for r in records for name in r["dead"]]
     found = []
-    if job.dropped.sequences:
-        found.append(f"{len(job.dropped.sequences)} calibration rows gave NaN or Inf and were dropped")
+    if dropped:
+        found.append(f"{len(dropped)} calibration rows gave NaN or Inf and were dropped")
     if dead:
         found.append(f"{len(dead)} expert matrices are all zero ({dead[0]} ...)")
     if zero:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from m27quant.calib.layerwise import (
     LayerRanges,
     count_tokens,
     drop_non_finite,
+    merged,
     run_attention,
     run_experts,
 )
@@ -26,14 +28,15 @@ from m27quant.calib.routing import Routings
 from m27quant.checkpoint import names
 from m27quant.checkpoint.durable import fault_point, move_durably, sha256_of
 from m27quant.checkpoint.source import Source
-from m27quant.checkpoint.workspace import Workspace
 from m27quant.checkpoint.writer import ShardSet, WrittenFile, open_shards
-from m27quant.pack import PackStats, stream_experts
+from m27quant.distributed.ranks import Ranks
+from m27quant.pack import PackStats, merged_stats, stream_experts
 from m27quant.plan import Plan, Unit, norm_and_router_names
 from m27quant.progress import Progress, ProgressCallback
 from m27quant.runtime.host_memory import rss_bytes
 from m27quant.runtime.layer import RouterWeights
 from m27quant.runtime.loader import attention_weights, refuse_non_finite, router_weights
+from m27quant.shared import shared_file, shared_shards
 
 FP8_MAX = 448.0
 NVFP4_MAX = 6.0 * FP8_MAX
@@ -47,17 +50,25 @@ class Job:
     plan: Plan
     sequences: Sequences
     chunks: list[Chunk]
+    """This rank's."""
     memory: MemoryPlan
     device: torch.device
-    workspace: Workspace
+    work: Path
+    """The folder of what is durable but not yet part of a checkpoint."""
+    ranks: Ranks
     dropped: Dropped
     progress: ProgressCallback
     stop: Callable[[], None]
-    """Raises `Interrupted` when the run should end."""
+    """Raises where the run should end: `Interrupted`, or another rank's fault."""
 
     @property
-    def work(self) -> Path:
-        return self.workspace.work
+    def num_tokens(self) -> int:
+        """Tokens of this rank's chunks."""
+        return sum(map(len, self.chunks))
+
+    @property
+    def first_token(self) -> int:
+        return self.chunks[0].begin if self.chunks else 0
 
 
 # -- embedding and head ----------------------------------------------------------------------------
@@ -67,7 +78,7 @@ def run_embed(job: Job, unit: Unit) -> dict[str, Any]:
     """Copy the embedding and look up every token's row: the first hidden states."""
     written = _copy_unit(job, unit)
     hidden = _save_hidden(job, 0, _embedded(job))
-    return {"files": [f.to_json() for f in written], "hidden": hidden.to_json()}
+    return {"files": [f.to_json() for f in written], "hidden": hidden}
 
 
 def _embedded(job: Job) -> Iterator[tuple[Chunk, torch.Tensor]]:
@@ -88,6 +99,8 @@ def run_head(job: Job, unit: Unit) -> dict[str, Any]:
 
 def _copy_unit(job: Job, unit: Unit) -> list[WrittenFile]:
     written: list[WrittenFile] = []
+    if not job.ranks.is_first:
+        return written
     with open_shards(job.work, unit.name, list(unit.shards), written) as shards:
         for shard in unit.shards:
             for name in shard.offsets:
@@ -111,22 +124,30 @@ def copy_tensor(source: Source, name: str, shards: ShardSet, stop: Callable[[], 
 
 
 def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, Any]:
-    """Calibrate and pack one decoder layer; returns its journal entry.
+    """Calibrate and pack one decoder layer; returns its journal entry, which counts on the first rank.
 
-    Reads each source tensor once.  Memory: hidden states (or chunks of them), one group of experts.
+    Each rank takes its own chunks through all experts, and packs its own experts.  Reads each source tensor once.
+    Memory: hidden states (or chunks of them), one group of experts.
     """
     assert unit.layer is not None
-    ranges, stats = LayerRanges(), PackStats()
+    ranks, ranges, stats = job.ranks, LayerRanges(), PackStats()
     written: list[WrittenFile] = []
     started = time.monotonic()
     full = job.plan.resolved.moe_calib == "full"
     with _layer_rows(job, hidden) as (rows, moe_out):
         reporter = _Reporter(job, unit.layer, started)
-        with open_shards(job.work, unit.name, list(unit.shards), written) as shards:
+        with shared_shards(ranks, job.stop, job.work, unit.name, list(unit.shards), written) as shards:
             router = router_weights(job.source, unit.layer, job.device)
             routed = _attention(job, unit.layer, shards, rows, router, ranges, reporter)
             experts = stream_experts(
-                job.source, unit.layer, job.memory.expert_group, job.device, shards, stats, job.stop
+                job.source,
+                unit.layer,
+                job.memory.expert_group,
+                job.device,
+                shards,
+                stats,
+                job.stop,
+                ranks.owns,
             )
             run_experts(
                 experts,
@@ -140,9 +161,12 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
                 full=full,
                 tick=reporter.expert,
             )
-            for name in norm_and_router_names(job.source.config, unit.layer):
-                copy_tensor(job.source, name, shards, job.stop)
-            record = _write_scales(job, unit.layer, shards, ranges)
+            found = ranks.gather("ranges", asdict(ranges), job.stop)
+            record = {}
+            if ranks.is_first:
+                for name in norm_and_router_names(job.source.config, unit.layer):
+                    copy_tensor(job.source, name, shards, job.stop)
+                record = _write_scales(job, unit.layer, shards, merged([LayerRanges(**r) for r in found]))
             fault_point("layer-computed")
         next_rows = _sum_rows(job, rows, moe_out)
         saved = None if last else _save_hidden(job, unit.layer + 1, next_rows)
@@ -150,9 +174,9 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
             for _ in next_rows:
                 pass
     count_tokens(routed, job.chunks, job.dropped, ranges, full=full)
-    record |= _record(ranges, stats)
+    record |= _record(job, ranges, stats)
     entry: dict[str, Any] = {"files": [f.to_json() for f in written], "record": record}
-    return entry | ({"hidden": saved.to_json()} if saved else {})
+    return entry | ({"hidden": saved} if saved else {})
 
 
 def _attention(
@@ -166,7 +190,7 @@ def _attention(
 ) -> Routings:
     """Read attention once: its BF16 weights go to the shard and through the tokens."""
     weights = attention_weights(job.source, layer, job.device)
-    for projection in names.ATTENTION_PROJECTIONS:
+    for projection in names.ATTENTION_PROJECTIONS if job.ranks.is_first else ():
         shards.write(f"{names.attention(layer)}.{projection}.weight", getattr(weights, projection))
     return run_attention(
         job.chunks, rows, weights, router, job.source.config, ranges, job.dropped, reporter.attention
@@ -176,14 +200,15 @@ def _attention(
 @contextmanager
 def _layer_rows(job: Job, hidden: Path) -> Iterator[tuple[Rows, Rows]]:
     """Two sets of rows for one layer: the residual stream, loaded from `hidden`, and the experts' sum."""
-    size = job.sequences.num_tokens, job.source.config.hidden_size
+    size = job.num_tokens, job.source.config.hidden_size
     pair: list[Rows] = []
     try:
         for name in ("residual", "experts"):
             if job.memory.rows_in_memory:
-                pair.append(MemoryRows(*size, job.device))
+                pair.append(MemoryRows(*size, job.device, job.first_token))
             else:
-                pair.append(FileRows(job.work / f"scratch-{name}", *size, job.device))
+                scratch = job.work / f"scratch-{name}-{job.ranks.rank}"
+                pair.append(FileRows(scratch, *size, job.device, job.first_token))
         for chunk, rows in load_rows(hidden, job.chunks, size[1]):
             pair[0].write(chunk, rows)
         yield pair[0], pair[1]
@@ -198,15 +223,18 @@ def _sum_rows(job: Job, rows: Rows, moe_out: Rows) -> Iterator[tuple[Chunk, torc
         yield chunk, drop_non_finite(chunk, rows.read(chunk) + moe_out.read(chunk), job.dropped)
 
 
-def _save_hidden(job: Job, layer: int, rows: Iterator[tuple[Chunk, torch.Tensor]]) -> WrittenFile:
-    """Make the input of `layer` durable under a name that carries its content."""
-    size = job.sequences.num_tokens * job.source.config.hidden_size * 2
-    partial = job.work / f"hidden-{layer:04d}.partial"
-    save_rows(partial, rows, job.sequences.num_tokens, job.source.config.hidden_size)
-    digest = sha256_of(partial)
+def _save_hidden(job: Job, layer: int, rows: Iterator[tuple[Chunk, torch.Tensor]]) -> dict[str, Any]:
+    """Make the input of `layer` durable under a name that carries its content; the first rank knows it."""
+    num_tokens, hidden_size = job.sequences.num_tokens, job.source.config.hidden_size
+    size = num_tokens * hidden_size * 2
+    unnamed = job.work / f"hidden-{layer:04d}.partial"
+    save_rows(unnamed, rows, num_tokens, hidden_size, partial(shared_file, job.ranks, job.stop))
+    if not job.ranks.is_first:
+        return {}
+    digest = sha256_of(unnamed)
     final = job.work / f"hidden-{layer:04d}.{digest[:16]}.bin"
-    move_durably(partial, final)
-    return WrittenFile(final.name, size, digest)
+    move_durably(unnamed, final)
+    return dict(WrittenFile(final.name, size, digest).to_json())
 
 
 def _write_scales(job: Job, layer: int, shards: ShardSet, ranges: LayerRanges) -> dict[str, Any]:
@@ -238,8 +266,11 @@ def _write_scales(job: Job, layer: int, shards: ShardSet, ranges: LayerRanges) -
     return record | {"zero_range": replaced}
 
 
-def _record(ranges: LayerRanges, stats: PackStats) -> dict[str, Any]:
-    """The layer's figures for the report."""
+def _record(job: Job, ranges: LayerRanges, stats: PackStats) -> dict[str, Any]:
+    """The layer's figures for the report, of all ranks together."""
+    found = job.ranks.gather("figures", [asdict(ranges), asdict(stats)], job.stop)
+    ranges = merged([LayerRanges(**r) for r, _ in found])
+    stats = merged_stats([PackStats(**s) for _, s in found], job.source.config.num_local_experts)
     return {
         "routed_tokens": ranges.routed_tokens,
         "seen_tokens": ranges.seen_tokens,
@@ -262,8 +293,9 @@ class _Reporter:
 
     def attention(self, chunk: Chunk) -> None:
         self._job.stop()
-        done = chunk.end / self._job.sequences.num_tokens
-        self._send("attention", self._attention_share * done, tokens=chunk.end, source_bytes=0.0)
+        done = (chunk.end - self._job.first_token) / self._job.num_tokens
+        seen = self._job.sequences.num_tokens * done
+        self._send("attention", self._attention_share * done, tokens=seen, source_bytes=0.0)
 
     def expert(self, index: int) -> None:
         self._job.stop()

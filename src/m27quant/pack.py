@@ -42,6 +42,26 @@ class PackStats:
     """Expert matrices that are all zero."""
 
 
+def merged_stats(parts: Sequence[PackStats], num_experts: int) -> PackStats:
+    """The figures of ranks that were dealt the experts one by one, in the order of experts."""
+    size, projections = len(parts), names.EXPERT_PROJECTIONS
+
+    def dealt(field: str) -> dict[str, list[float]]:
+        by_rank = [getattr(part, field) for part in parts]
+        return {p: [by_rank[e % size][p][e // size] for e in range(num_experts)] for p in projections}
+
+    dead = {module for part in parts for module in part.dead}
+    order = [(module, module.split(".")) for module in dead]
+    return PackStats(
+        sqnr_db=dict(dealt("sqnr_db")),
+        weight_scale_2=dealt("weight_scale_2"),
+        zero_groups=sum(part.zero_groups for part in parts),
+        saturated_groups=sum(part.saturated_groups for part in parts),
+        tiny_groups=sum(part.tiny_groups for part in parts),
+        dead=[module for module, _ in sorted(order, key=lambda m: (int(m[1][-2]), m[1][-1]))],
+    )
+
+
 def read_expert(source: Source, layer: int, expert: int, device: torch.device) -> dict[str, Stored]:
     """w1, w2 and w3 of one expert as stored."""
     return {p: read_linear(source, names.expert(layer, expert, p), device) for p in names.EXPERT_PROJECTIONS}
@@ -55,8 +75,9 @@ def stream_experts(
     shards: ShardSet,
     stats: PackStats,
     should_stop: Callable[[], None],
+    is_mine: Callable[[int], bool] = lambda expert: True,
 ) -> Iterator[Sequence[ExpertWeights]]:
-    """Pack and write every expert of a layer in order; yields their BF16 weights, `group` experts at a time.
+    """Pack and write every expert that is this rank's; yields the BF16 weights of all, `group` experts at a time.
 
     While an expert is worked on, the next is read and the last is written.  Each source byte is read once.
     What was yielded is overwritten when the next group is asked for: fresh memory would cost more than packing.
@@ -75,14 +96,18 @@ def stream_experts(
             stored = ahead.result()
             if expert + 1 < num_experts:
                 ahead = files.submit(read_expert, source, layer, expert + 1, device)
-            packed, weights = pack_expert(source, layer, expert, stored, stats, buffers[len(batch)])
+            if is_mine(expert):
+                packed, weights = pack_expert(source, layer, expert, stored, stats, buffers[len(batch)])
+                if behind is not None:
+                    behind.result()
+                behind = files.submit(write_expert, shards, packed)
+            else:
+                weights = plain_expert(source, expert, stored, buffers[len(batch)])
             batch.append(weights)
             del stored
-            if behind is not None:
-                behind.result()
-            behind = files.submit(write_expert, shards, packed)
             if len(batch) == group or expert + 1 == num_experts:
-                behind.result()  # nothing may be underway when the caller fails and the files are closed
+                if behind is not None:
+                    behind.result()  # nothing may be underway when the caller fails and the files are closed
                 yield batch
                 batch.clear()
 
@@ -109,16 +134,31 @@ def pack_expert(
             amax[projection] = nvfp4_pack.amax(weight, scale, block=block)
     amax["w1"] = amax["w3"] = torch.maximum(amax["w1"], amax["w3"])
     result: Packed = {}
-    plain = {}
     for projection, (weight, scale) in stored.items():
         module = names.expert(layer, expert, projection)
         with Naming(module):
-            packed = result[module] = nvfp4_pack.pack(weight, scale, amax=amax[projection], block=block)
-        if scale is not None:
-            weight = fp8_dequant.dequantize(weight, scale, block=block, out=buffers[projection])
-        plain[projection] = weight
-        _note(stats, module, projection, weight, packed)
-    return result, ExpertWeights(expert, **plain)
+            result[module] = nvfp4_pack.pack(weight, scale, amax=amax[projection], block=block)
+    plain = plain_expert(source, expert, stored, buffers)
+    for projection in stored:
+        module = names.expert(layer, expert, projection)
+        _note(stats, module, projection, getattr(plain, projection), result[module])
+    return result, plain
+
+
+def plain_expert(
+    source: Source, expert: int, stored: dict[str, Stored], buffers: dict[str, torch.Tensor]
+) -> ExpertWeights:
+    """One expert in BF16: in `buffers`, or as it is stored."""
+    block = source.config.weight_block_size or fp8_dequant.BLOCK
+    return ExpertWeights(
+        expert,
+        **{
+            projection: weight
+            if scale is None
+            else fp8_dequant.dequantize(weight, scale, block=block, out=buffers[projection])
+            for projection, (weight, scale) in stored.items()
+        },
+    )
 
 
 def write_expert(shards: ShardSet, packed: Packed) -> None:

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +19,20 @@ import torch
 
 from m27quant.calib.activations import plan_chunks
 from m27quant.calib.layerwise import Dropped
-from m27quant.calib.memory import limit_caches, plan_memory
+from m27quant.calib.memory import MemoryPlan, limit_caches, plan_memory
+from m27quant.checkpoint.journal import Journal
 from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.workspace import REPORT, Workspace, check_same
-from m27quant.errors import CheckpointError, EnvironmentFault, escape
+from m27quant.distributed.ranks import ALONE, Ranks
+from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.finish import build_result, is_hidden, output_names
 from m27quant.layer_job import Job, run_embed, run_head, run_layer
 from m27quant.plan import HEAD, Unit, check_disk, check_paths, disk_needed
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.runlog import RunLog
-from m27quant.runtime.host_memory import rss_bytes
+from m27quant.runtime.device import device_fault
+from m27quant.runtime.host_memory import peak_rss_bytes, rss_bytes
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ def quantize_checkpoint(
     progress: ProgressCallback = ignore,
     stop: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = log.info,
+    ranks: Ranks = ALONE,
     **changes: Any,
 ) -> QuantizeResult:
     """Quantize MODEL to OUT.
@@ -69,6 +70,8 @@ def quantize_checkpoint(
         progress: called with snapshots of the work.
         stop: called often; raises `Interrupted` to end the run resumably.
         say: told where the source was found, what is noteworthy.
+        ranks: the processes that call this together, with the same arguments and a file system that all see; the
+            bytes are those of one process alone.
         **changes: fields of `Options` by name, instead of or on top of `options`.
 
     Raises:
@@ -76,7 +79,43 @@ def quantize_checkpoint(
     """
     options = replace(options or Options(), **changes)
     started = time.monotonic()
-    out = Path(out)
+
+    def look() -> None:
+        stop()
+        ranks.check()
+
+    try:
+        work = _lead if ranks.is_first else _follow
+        report, was_complete = work(model, Path(out), options, progress, look, say, ranks)
+    except BaseException as fault:
+        named = device_fault(fault)
+        ranks.fail(named or fault)
+        if named is not None:
+            raise named from fault
+        raise
+    return QuantizeResult(
+        out=Path(out),
+        report=report,
+        elapsed_s=time.monotonic() - started,
+        peak_rss_bytes=peak_rss_bytes(),
+        was_complete=was_complete,
+    )
+
+
+Outcome = tuple[dict[str, Any], bool]
+"""The report, and whether there was nothing left to do."""
+
+
+def _lead(
+    model: str,
+    out: Path,
+    options: Options,
+    progress: ProgressCallback,
+    stop: Callable[[], None],
+    say: Callable[[str], None],
+    ranks: Ranks,
+) -> Outcome:
+    """The first rank, or the only one: holds the lock, keeps the journal, commits."""
     workspace = Workspace(out)
     if (folder := existing(model)) is not None:
         check_paths(folder, out)
@@ -85,24 +124,61 @@ def quantize_checkpoint(
     with prepared.source:
         fingerprint = prepared.fingerprint(options)
         if options.resume and workspace.is_complete():
-            return _already_complete(workspace, fingerprint, started)
-        workspace.open(
-            fingerprint, resume=options.resume, overwrite=options.overwrite, force_unlock=options.force_unlock
-        )
-        try:
-            workspace.refuse_collisions(output_names(prepared))
-            with torch.inference_mode(), RunLog(workspace.private / "run.log") as run_log:
-                report = _run(prepared, options, workspace, fingerprint, progress, stop, run_log)
-        except BaseException as fault:
-            workspace.abandon()
-            if (named := _device_fault(fault)) is not None:
-                raise named from fault
-            raise
-        finally:
-            workspace.close()
-    return QuantizeResult(
-        out=out, report=report, elapsed_s=time.monotonic() - started, peak_rss_bytes=peak_rss_bytes()
-    )
+            report, was_complete = _already_complete(workspace, fingerprint), True
+            ranks.share("begin", {"fingerprint": fingerprint, "is_complete": True}, stop)
+        else:
+            workspace.open(
+                fingerprint,
+                resume=options.resume,
+                overwrite=options.overwrite,
+                force_unlock=options.force_unlock,
+            )
+            try:
+                workspace.refuse_collisions(output_names(prepared))
+                with torch.inference_mode(), RunLog(workspace.private / "run.log") as run_log:
+                    report = _run(prepared, options, workspace, fingerprint, progress, stop, run_log, ranks)
+            except BaseException:
+                workspace.abandon()
+                raise
+            finally:
+                workspace.close()
+            was_complete = False
+    ranks.share("end", report, stop)
+    return report, was_complete
+
+
+def _follow(
+    model: str,
+    out: Path,
+    options: Options,
+    progress: ProgressCallback,
+    stop: Callable[[], None],
+    say: Callable[[str], None],
+    ranks: Ranks,
+) -> Outcome:
+    """Any other rank: does its share of every unit, and writes nothing of its own."""
+    begun = ranks.share("begin", None, stop)  # what the first has fetched from the Hub is there now
+    if not begun["is_complete"]:
+        prepared = prepare(model, out, options, say)
+        with prepared.source, torch.inference_mode():
+            _check_same_inputs(begun["fingerprint"], prepared.fingerprint(options), ranks)
+            job = _job(prepared, options, Workspace(out).work, begun, progress, stop, ranks)
+            for unit in _in_order(prepared.plan.units):
+                if unit.name not in begun["done"]:
+                    begun["hidden"] = _run_unit(job, unit, begun["hidden"], None)
+    return ranks.share("end", None, stop), begun["is_complete"]
+
+
+def _check_same_inputs(first: Mapping[str, Any], own: Mapping[str, Any], ranks: Ranks) -> None:
+    try:
+        check_same(first, json.loads(json.dumps(own)))
+    except UsageError as fault:
+        raise UsageError(
+            fault.message.replace(" then, ", " on rank 0, ")
+            .replace(" now", " here")
+            .replace("this run's inputs are not those of the run to resume", "not the inputs of rank 0"),
+            hint="all ranks need the same files, versions and kind of device",
+        ) from None
 
 
 def _run(
@@ -113,92 +189,107 @@ def _run(
     progress: ProgressCallback,
     stop: Callable[[], None],
     run_log: RunLog,
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    limit_caches()
-    job = _job(prepared, workspace, progress, stop)
+    journal = workspace.journal
+    begun = {"fingerprint": fingerprint, "is_complete": False, **_state(journal, prepared.memory)}
+    job = _job(prepared, options, workspace.work, begun, progress, stop, ranks)
     run_log.write(
         "begin",
         fingerprint=dict(fingerprint),
         memory=str(job.memory),
-        resumed=bool(workspace.journal.all("unit")),
+        resumed=bool(begun["done"]),
+        ranks=ranks.size,
     )
-    if workspace.journal.find("commit") is None:
+    if journal.find("commit") is None:
         _check_done_units(workspace)
-        done = workspace.journal.all("unit")
-        left = prepared.plan.shard_bytes - sum(
-            f["size"] for e in done for f in e["files"] if not is_hidden(f)
-        )
-        check_disk(
-            workspace.out,
-            disk_needed(
-                prepared.plan,
-                job.sequences.num_tokens * job.source.config.hidden_size * 2,
-                rows_in_memory=job.memory.rows_in_memory,
-            )
-            - prepared.plan.shard_bytes
-            + left,
-        )
-        # what is only copied comes first: a damaged head is found before the long work, not after it
-        for unit in sorted(prepared.plan.units, key=lambda u: (u.layer is not None, u.name != HEAD)):
-            if workspace.journal.find("unit", name=unit.name) is None:
+        _check_room(prepared, workspace, job)
+        ranks.share("begin", begun, stop)
+        hidden = begun["hidden"]
+        for unit in _in_order(prepared.plan.units):
+            if unit.name not in begun["done"]:
                 started = time.monotonic()
-                _run_unit(job, unit)
+                hidden = _run_unit(job, unit, hidden, journal)
                 run_log.write(
                     "unit", name=unit.name, seconds=time.monotonic() - started, rss_bytes=rss_bytes()
                 )
+    else:
+        ranks.share("begin", begun, stop)
     progress(Progress(stage="commit", fraction=1.0))
-    report, shards, documents = build_result(prepared, job, fingerprint)
+    done = {entry["name"]: entry for entry in journal.all("unit")}
+    report, shards, documents = build_result(prepared, done, sorted(job.dropped.sequences), fingerprint)
     workspace.commit(shards, documents)
     run_log.write("done", peak_rss_bytes=peak_rss_bytes())
     return report
 
 
-def _device_fault(fault: BaseException) -> EnvironmentFault | None:
-    """What torch says of memory or of an accelerator that failed, as an error that can be resumed from."""
-    first = escape(str(fault).partition("\n")[0])
-    if isinstance(fault, MemoryError | torch.OutOfMemoryError):
-        return EnvironmentFault(
-            f"out of memory: {first}", hint="lower --max-memory, then run again with --resume"
-        )
-    if isinstance(fault, torch.AcceleratorError):
-        return EnvironmentFault(
-            f"the device failed: {first}", hint="when it is back (see `nvidia-smi`), run again with --resume"
-        )
-    return None
+def _state(journal: Journal, memory: MemoryPlan) -> dict[str, Any]:
+    """Where the work stands; a resumed run keeps the first run's chunks, whatever its own budget is."""
+    settings = journal.find("settings")
+    if settings is None:
+        journal.append("settings", chunk_tokens=memory.chunk_tokens)
+    entries = journal.all("unit")
+    newest = _newest_with_hidden(entries)
+    return {
+        "chunk_tokens": settings["chunk_tokens"] if settings else memory.chunk_tokens,
+        "done": [entry["name"] for entry in entries],
+        "dropped": sorted({row for entry in entries for row in entry.get("dropped", [])}),
+        "hidden": newest["hidden"]["name"] if newest else None,
+    }
 
 
 def _job(
-    prepared: Prepared, workspace: Workspace, progress: ProgressCallback, stop: Callable[[], None]
+    prepared: Prepared,
+    options: Options,
+    work: Path,
+    begun: Mapping[str, Any],
+    progress: ProgressCallback,
+    stop: Callable[[], None],
+    ranks: Ranks,
 ) -> Job:
-    """The shared state of all units; a resumed run keeps the first run's chunks, whatever its own budget is."""
+    """The shared state of all units, with this rank's chunks."""
+    limit_caches()
+    if prepared.device.type == "cuda":
+        torch.cuda.set_device(prepared.device)
+    lengths = prepared.sequences.lengths
+    chunks = plan_chunks(lengths, begun["chunk_tokens"])
+    mine = [chunks[i] for i in ranks.part(len(chunks))]
     memory = prepared.memory
-    settings = workspace.journal.find("settings")
-    if settings is None:
-        workspace.journal.append("settings", chunk_tokens=memory.chunk_tokens)
-    elif settings["chunk_tokens"] != memory.chunk_tokens:
+    if ranks.size > 1 or begun["chunk_tokens"] != memory.chunk_tokens:
         memory = plan_memory(
             prepared.source.config,
-            num_tokens=prepared.sequences.num_tokens,
-            longest=max(prepared.sequences.lengths),
+            num_tokens=sum(map(len, mine)),
+            longest=max(lengths),
             device=prepared.device,
-            budget=prepared.budget,
-            chunk_tokens=settings["chunk_tokens"],
+            budget=prepared.budget if options.max_memory else prepared.budget // ranks.local_size,
+            chunk_tokens=begun["chunk_tokens"],
         )
-    dropped = Dropped(len(prepared.sequences.lengths))
-    for entry in workspace.journal.all("unit"):
-        dropped.sequences |= set(entry.get("dropped", []))
     return Job(
         source=prepared.source,
         plan=prepared.plan,
         sequences=prepared.sequences,
-        chunks=plan_chunks(prepared.sequences.lengths, memory.chunk_tokens),
+        chunks=mine,
         memory=memory,
         device=prepared.device,
-        workspace=workspace,
-        dropped=dropped,
+        work=work,
+        ranks=ranks,
+        dropped=Dropped(len(lengths), set(begun["dropped"])),
         progress=progress,
         stop=stop,
     )
+
+
+def _check_room(prepared: Prepared, workspace: Workspace, job: Job) -> None:
+    """Whether what is left to do fits on the disk."""
+    done = workspace.journal.all("unit")
+    written = sum(f["size"] for e in done for f in e["files"] if not is_hidden(f))
+    needed = disk_needed(prepared.plan, prepared.hidden_bytes, rows_in_memory=job.memory.rows_in_memory)
+    check_disk(workspace.out, needed - written)
+
+
+def _in_order(units: Sequence[Unit]) -> list[Unit]:
+    """What is only copied comes first: a damaged head is found before the long work, not after it."""
+    return sorted(units, key=lambda u: (u.layer is not None, u.name != HEAD))
 
 
 def _check_done_units(workspace: Workspace) -> None:
@@ -218,10 +309,11 @@ def _newest_with_hidden(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, An
     return next((e for e in reversed(entries) if "hidden" in e), None)
 
 
-def _run_unit(job: Job, unit: Unit) -> None:
-    """Do one unit, record it, and drop the hidden states that it was made from."""
-    before = _newest_with_hidden(job.workspace.journal.all("unit"))
-    hidden = before["hidden"]["name"] if before else None
+def _run_unit(job: Job, unit: Unit, hidden: str | None, journal: Journal | None) -> str | None:
+    """Do one unit with all ranks; the first records it, and drops the hidden states that it was made from.
+
+    Returns the name of the newest hidden states.
+    """
     if unit.layer is not None:
         assert hidden is not None
         last = unit.layer + 1 == job.source.config.num_hidden_layers
@@ -229,33 +321,21 @@ def _run_unit(job: Job, unit: Unit) -> None:
     else:
         entry = run_head(job, unit) if unit.name == HEAD else run_embed(job, unit)
     job.source.recheck_all()  # what was read must be what was checked
-    if "hidden" in entry:
-        entry["files"] = [*entry["files"], entry["hidden"]]
-    job.workspace.journal.append("unit", name=unit.name, dropped=sorted(job.dropped.sequences), **entry)
-    if "hidden" in entry and hidden is not None:
+    for dropped in job.ranks.gather("unit done", sorted(job.dropped.sequences), job.stop):
+        job.dropped.update(dropped)
+    if journal is not None:
+        if "hidden" in entry:
+            entry["files"] = [*entry["files"], entry["hidden"]]
+        journal.append("unit", name=unit.name, dropped=sorted(job.dropped.sequences), **entry)
+    newest: str | None = job.ranks.share("unit recorded", entry.get("hidden", {}).get("name"), job.stop)
+    if journal is not None and newest is not None and hidden is not None:
         (job.work / hidden).unlink(missing_ok=True)
+    return newest or hidden
 
 
-def _already_complete(workspace: Workspace, fingerprint: Mapping[str, Any], started: float) -> QuantizeResult:
-    """`resume` on a finished output: check that it is the one that was asked for."""
+def _already_complete(workspace: Workspace, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """`resume` on a finished output: check that it is the one that was asked for; returns its report."""
     check_same(workspace.finished_fingerprint(), json.loads(json.dumps(fingerprint)))
     workspace.discard_leftovers()
-    report = json.loads((workspace.out / REPORT).read_bytes())
-    elapsed = time.monotonic() - started
-    return QuantizeResult(
-        out=workspace.out,
-        report=report,
-        elapsed_s=elapsed,
-        peak_rss_bytes=peak_rss_bytes(),
-        was_complete=True,
-    )
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident memory that this process has had."""
-    with suppress(OSError):  # Linux; ru_maxrss would begin with the size of whoever started this process
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
+    report: dict[str, Any] = json.loads((workspace.out / REPORT).read_bytes())
+    return report

@@ -7,7 +7,8 @@ rows are kept and never what is computed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -62,26 +63,29 @@ class Rows(Protocol):
 
 
 class MemoryRows:
-    """Rows in one tensor on `device`."""
+    """Rows of `num_tokens` tokens from number `first` on, in one tensor on `device`."""
 
-    def __init__(self, num_tokens: int, hidden_size: int, device: torch.device) -> None:
+    def __init__(self, num_tokens: int, hidden_size: int, device: torch.device, first: int = 0) -> None:
+        self._first = first
         self.rows = torch.empty(num_tokens, hidden_size, dtype=ROW_DTYPE, device=device)
 
     def read(self, chunk: Chunk) -> torch.Tensor:
-        return self.rows[chunk.begin : chunk.end]
+        return self.rows[chunk.begin - self._first : chunk.end - self._first]
 
     def write(self, chunk: Chunk, rows: torch.Tensor) -> None:
-        self.rows[chunk.begin : chunk.end] = rows
+        self.rows[chunk.begin - self._first : chunk.end - self._first] = rows
 
     def close(self) -> None:
         self.rows = torch.empty(0)  # a slice would keep the storage
 
 
 class FileRows:
-    """Rows in a scratch file that is gone when the process is."""
+    """Rows of `num_tokens` tokens from number `first` on, in a scratch file that is gone when the process is."""
 
-    def __init__(self, path: Path, num_tokens: int, hidden_size: int, device: torch.device) -> None:
-        self._hidden_size, self._device, self._path = hidden_size, device, path
+    def __init__(
+        self, path: Path, num_tokens: int, hidden_size: int, device: torch.device, first: int = 0
+    ) -> None:
+        self._hidden_size, self._device, self._path, self._first = hidden_size, device, path, first
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             path.unlink()
@@ -90,11 +94,12 @@ class FileRows:
             raise_for_os_error(fault, path)
 
     def read(self, chunk: Chunk) -> torch.Tensor:
-        return _read_rows(self._fd, chunk.begin, len(chunk), self._hidden_size, self._path).to(self._device)
+        begin = chunk.begin - self._first
+        return _read_rows(self._fd, begin, len(chunk), self._hidden_size, self._path).to(self._device)
 
     def write(self, chunk: Chunk, rows: torch.Tensor) -> None:
         try:
-            pwrite_all(self._fd, as_bytes(rows), chunk.begin * self._hidden_size * 2)
+            pwrite_all(self._fd, as_bytes(rows), (chunk.begin - self._first) * self._hidden_size * 2)
         except OSError as fault:
             raise_for_os_error(fault, self._path)
 
@@ -114,11 +119,19 @@ def _read_rows(fd: int, begin: int, count: int, hidden_size: int, path: Path) ->
     return rows
 
 
+OpenFile = Callable[[Path, int], AbstractContextManager[int]]
+"""A file of so many bytes that appears when the block ends well, as `durable_file`."""
+
+
 def save_rows(
-    path: Path, rows: Iterator[tuple[Chunk, torch.Tensor]], num_tokens: int, hidden_size: int
+    path: Path,
+    rows: Iterator[tuple[Chunk, torch.Tensor]],
+    num_tokens: int,
+    hidden_size: int,
+    opened: OpenFile = durable_file,
 ) -> None:
-    """Write all chunks to `path` durably."""
-    with durable_file(path, num_tokens * hidden_size * 2) as fd:
+    """Write all chunks of `num_tokens` tokens to `path` durably; some of them where others write the rest."""
+    with opened(path, num_tokens * hidden_size * 2) as fd:
         for chunk, part in rows:
             pwrite_all(fd, as_bytes(part), chunk.begin * hidden_size * 2)
 

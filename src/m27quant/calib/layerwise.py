@@ -47,6 +47,11 @@ class Dropped:
                 hint="check the source checkpoint and the calibration data; the result could not be trusted",
             )
 
+    def update(self, sequences: Iterable[int]) -> None:
+        """Drop what other ranks have dropped; raises as `add` does."""
+        for sequence in sorted(set(sequences) - self.sequences):
+            self.add(sequence)
+
 
 @dataclass(slots=True)
 class LayerRanges:
@@ -71,6 +76,19 @@ class LayerRanges:
         if finite:
             self.k_amax, self.v_amax = max(self.k_amax, k_amax), max(self.v_amax, v_amax)
         return finite
+
+
+def merged(parts: Sequence[LayerRanges]) -> LayerRanges:
+    """What ranks have found over chunks of their own, as one: maxima and counts, which no order can change."""
+    return LayerRanges(
+        k_amax=max(p.k_amax for p in parts),
+        v_amax=max(p.v_amax for p in parts),
+        w13_input_amax=max(p.w13_input_amax for p in parts),
+        w2_input_amax=[max(found) for found in zip(*(p.w2_input_amax for p in parts), strict=True)],
+        routed_tokens=[sum(found) for found in zip(*(p.routed_tokens for p in parts), strict=True)],
+        seen_tokens=[sum(found) for found in zip(*(p.seen_tokens for p in parts), strict=True)],
+        non_finite_values=sum(p.non_finite_values for p in parts),
+    )
 
 
 def run_attention(

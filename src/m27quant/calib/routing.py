@@ -12,7 +12,7 @@ from m27quant.runtime.layer import Assignments
 
 
 class Routings:
-    """Which tokens each expert gets, for all chunks of a layer, in memory that is taken once.
+    """Which tokens each expert gets, for consecutive chunks of a layer, in memory that is taken once.
 
     Small blocks that stay, between large ones that come and go with every chunk, would keep the allocator from
     using the large ones' room again: gigabytes for half a million tokens.
@@ -22,7 +22,8 @@ class Routings:
         self.num_experts = config.num_local_experts
         self._per_token = config.num_experts_per_tok
         self._chunks = chunks
-        count = chunks[-1].end * self._per_token
+        self._first = chunks[0].begin if chunks else 0
+        count = sum(map(len, chunks)) * self._per_token
         self._rows = torch.empty(count, dtype=torch.int64, device=device)
         self._weights = torch.empty(count, dtype=torch.float32, device=device)
         self._bounds = torch.empty(len(chunks), self.num_experts + 1, dtype=torch.int64)
@@ -40,5 +41,5 @@ class Routings:
         return (self[number] for number in range(len(self._chunks)))
 
     def _part(self, number: int) -> slice:
-        chunk = self._chunks[number]
-        return slice(chunk.begin * self._per_token, chunk.end * self._per_token)
+        begin = (self._chunks[number].begin - self._first) * self._per_token
+        return slice(begin, begin + len(self._chunks[number]) * self._per_token)

@@ -94,7 +94,7 @@ def durable_file(path: Path, size: int) -> Iterator[int]:
     Raises:
         EnvironmentFault: no space, no permission, read-only.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}"[:255])
+    temporary = temporary_path(path)
     try:
         fd = os.open(
             temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666
@@ -119,6 +119,29 @@ def durable_file(path: Path, size: int) -> Iterator[int]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process writes what will become `path`."""
+    return path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}"[:255])
+
+
+@contextmanager
+def joined_file(temporary: Path) -> Iterator[int]:
+    """Yield the descriptor of another process's `durable_file` under way, to write a part of it durably.
+
+    Raises:
+        EnvironmentFault: no space, no permission, read-only.
+    """
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as fault:
+        raise_for_os_error(fault, temporary)
 
 
 def pwrite_all(fd: int, data: memoryview | bytes, offset: int) -> None:

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m27quant.checkpoint.buffers import byte_view
-from m27quant.checkpoint.durable import digests_of, durable_file, fault_point, move_durably, pwrite_all
+from m27quant.checkpoint.durable import (
+    digests_of,
+    durable_file,
+    fault_point,
+    joined_file,
+    move_durably,
+    pwrite_all,
+    temporary_path,
+)
 from m27quant.checkpoint.header import DTYPE_BITS
 from m27quant.checkpoint.names import TensorSpec
 
@@ -93,7 +101,9 @@ class WrittenFile:
 class ShardSet:
     """The open shards of one unit of work; `write` puts a tensor where the plan has its place."""
 
-    def __init__(self, plans: list[ShardPlan], descriptors: list[int]) -> None:
+    def __init__(self, plans: list[ShardPlan], descriptors: list[int], files: list[Path]) -> None:
+        self.files = files
+        """Where the shards are while they are written."""
         self._place = {
             name: (fd, spec, offset)
             for plan, fd in zip(plans, descriptors, strict=True)
@@ -121,6 +131,16 @@ class ShardSet:
         self._missing[name] -= len(data)
         fault_point("tensor-written")
 
+    def written(self) -> list[str]:
+        """Tensors that are whole."""
+        return [name for name, left in self._missing.items() if not left]
+
+    def written_elsewhere(self, names: Iterable[str]) -> None:
+        """Another process has written `names` whole, which nobody else has."""
+        for name in names:
+            assert self._missing[name] == nbytes(self._place[name][1]), f"{name}: written twice"
+            self._missing[name] = 0
+
     def check_complete(self) -> None:
         missing = [name for name, left in self._missing.items() if left]
         assert not missing, f"planned but not written: {missing[:3]}"
@@ -142,10 +162,17 @@ def open_shards(
         ]
         for plan, fd in zip(plans, descriptors, strict=True):
             pwrite_all(fd, plan.header, 0)
-        shards = ShardSet(plans, descriptors)
+        shards = ShardSet(plans, descriptors, [temporary_path(path) for path in partial])
         yield shards
         shards.check_complete()
     written += [_named_by_content(path, plan.size) for path, plan in zip(partial, plans, strict=True)]
+
+
+@contextmanager
+def join_shards(files: list[Path], plans: list[ShardPlan]) -> Iterator[ShardSet]:
+    """Open another process's shards while that writes them; when the block ends well, this one's part is durable."""
+    with ExitStack() as opened:
+        yield ShardSet(plans, [opened.enter_context(joined_file(path)) for path in files], files)
 
 
 def _named_by_content(path: Path, size: int) -> WrittenFile:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,8 +17,10 @@ from m27quant.cli.output import Output, grid, pairs
 from m27quant.cli.progress import show
 from m27quant.cli.stopping import graceful, resume_command
 from m27quant.cli.units import format_duration, format_size
+from m27quant.errors import M27Error
 
 if TYPE_CHECKING:
+    from m27quant.distributed.ranks import Ranks
     from m27quant.estimate import DryRun
     from m27quant.quantize import QuantizeResult
 
@@ -116,8 +120,10 @@ def quantize(
     output = Output.open(json=json, quiet=quiet, verbose=verbose)
     # Read when torch's thread pool is loaded: threads that spin at barriers make a shared machine crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from m27quant.distributed.join import working_together
     from m27quant.prepare import DEFAULT_SHARD_BYTES, Options
     from m27quant.quantize import quantize_checkpoint
+    from m27quant.runtime.parallel import local_device
 
     chosen = Options(
         recipe=recipe,
@@ -125,7 +131,7 @@ def quantize(
         num_samples=num_samples,
         seq_len=seq_len,
         moe_calib=moe_calib,  # type: ignore[arg-type]  # checked above
-        device=device,
+        device=local_device(device),
         max_memory=max_memory,
         max_shard_size=max_shard_size or DEFAULT_SHARD_BYTES,
         resume=resume,
@@ -147,9 +153,38 @@ def quantize(
         plan = plan_only(model, out, chosen, say=say)
         output.result({"dry_run": plan.to_json()}, human=_planned(plan), quiet=plan.output_shard_bytes)
         return
-    with graceful(output, resume_command()) as stop, show(output, enabled=not no_progress) as progress:
-        result = quantize_checkpoint(model, out, chosen, progress=progress, stop=stop, say=say)
-    output.result(_document(result), human=_summary(result), quiet=result.out)
+    with (
+        graceful(output, resume_command()) as stop,
+        working_together(stop) as ranks,
+        _one_voice(ranks),
+        show(output, enabled=ranks.is_first and not no_progress) as progress,
+    ):
+        result = quantize_checkpoint(
+            model,
+            out,
+            chosen,
+            progress=progress,
+            stop=stop,
+            say=say if ranks.is_first else _hush,
+            ranks=ranks,
+        )
+    if ranks.is_first:
+        output.result(_document(result), human=_summary(result), quiet=result.out)
+
+
+def _hush(message: str) -> None:
+    """What all ranks would say is said by the first."""
+
+
+@contextmanager
+def _one_voice(ranks: Ranks) -> Iterator[None]:
+    """Of all ranks one says what went wrong; the others end with the same exit code."""
+    try:
+        yield
+    except M27Error as fault:
+        if ranks.is_spokesman:
+            raise
+        raise typer.Exit(fault.exit_code) from None
 
 
 def _document(result: QuantizeResult) -> dict[str, Any]:

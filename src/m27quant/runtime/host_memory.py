@@ -1,8 +1,11 @@
-"""How much memory of this machine there is to use."""
+"""How much memory of this machine there is to use, and how much this process has."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,6 +19,16 @@ CONTROL_GROUP_LIMITS = (
 def rss_bytes() -> int:
     """Resident memory of this process."""
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident memory that this process has had."""
+    with suppress(OSError):  # Linux; ru_maxrss would begin with the size of whoever started this process
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) if sys.platform == "darwin" else int(peak) * 1024
 
 
 def default_budget() -> int:
