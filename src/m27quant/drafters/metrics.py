@@ -36,6 +36,12 @@ class AcceptanceStats:
         return cls(tuple(counts[a] for a in range(max(counts, default=-1) + 1)), sum(drafted))
 
     @classmethod
+    def of_histogram(cls, histogram: Sequence[int], num_drafted: int = 0) -> AcceptanceStats:
+        """From counts by drafts accepted, zeros at the end allowed."""
+        size = max((a + 1 for a, count in enumerate(histogram) if count), default=0)
+        return cls(tuple(histogram[:size]), num_drafted)
+
+    @classmethod
     def of_positions(cls, num_steps: int, accepted: Sequence[int], num_drafted: int = 0) -> AcceptanceStats:
         """From how often the draft at each position was accepted, the form of vLLM's counters.
 
@@ -45,10 +51,7 @@ class AcceptanceStats:
         counts = [num_steps, *accepted, 0]
         if any(after > before or after < 0 for before, after in pairwise(counts)):
             raise UsageError(f"accepted at positions {list(accepted)} cannot be of {num_steps} steps")
-        ended = [before - after for before, after in pairwise(counts)]
-        while ended and not ended[-1]:
-            ended.pop()
-        return cls(tuple(ended), num_drafted)
+        return cls.of_histogram([before - after for before, after in pairwise(counts)], num_drafted)
 
     def __add__(self, other: AcceptanceStats) -> AcceptanceStats:
         long, short = sorted((self.histogram, other.histogram), key=len, reverse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,13 +217,31 @@ class LLM:
         )
 
     @contextmanager
-    def without_drafter(self) -> Iterator[None]:
-        """Within the block nothing is drafted; taps are kept up, so that the drafter finds its way again behind it."""
-        drafter, self.engine.drafter = self.engine.drafter, None
+    def drafting_with(self, drafter: Drafter | None) -> Iterator[None]:
+        """Within the block this drafter is asked, or none; taps are kept up, so that each finds its way in its turn.
+
+        Args:
+            drafter: with the taps of the one loaded, or without any.  No request may be running.
+
+        Raises:
+            UsageError: it reads other hidden states than are kept.
+        """
+        if drafter is not None and drafter.taps not in ((), self.engine.taps):
+            raise UsageError(
+                f"the drafter reads hidden states {list(drafter.taps)}, kept are {list(self.engine.taps)}",
+                hint="load the checkpoint with it",
+            )
+        engine, scheduler = self.engine, self.engine.scheduler
+        before = engine.drafter, scheduler.num_draft_tokens
+        engine.drafter, scheduler.num_draft_tokens = drafter, drafter.num_draft_tokens if drafter else 0
         try:
             yield
         finally:
-            self.engine.drafter = drafter
+            engine.drafter, scheduler.num_draft_tokens = before
+
+    def without_drafter(self) -> AbstractContextManager[None]:
+        """Within the block nothing is drafted."""
+        return self.drafting_with(None)
 
     def drop_cache(self) -> None:
         """Requests from now on compute their prompts anew."""

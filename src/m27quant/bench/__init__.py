@@ -1,0 +1,1 @@
+"""How fast a checkpoint answers, with a drafter and without: the table of the drafters' cards."""

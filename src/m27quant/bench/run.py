@@ -1,0 +1,282 @@
+"""The whole benchmark: every task at every concurrency with every setting, side by side in one run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from m27quant.bench.requests import BenchOptions, Request, make_requests
+from m27quant.bench.result import BenchResult, Cell, Reading
+from m27quant.bench.settings import describe, resized, run_flags
+from m27quant.bench.sweep import recommend
+from m27quant.bench.tasks import Loaded, load_task
+from m27quant.environment import describe_environment
+from m27quant.errors import EnvironmentFault, UsageError, escape
+from m27quant.progress import Progress, ProgressCallback, ignore
+
+if TYPE_CHECKING:
+    from m27quant.runtime.api import LLM
+    from m27quant.runtime.options import RunOptions
+    from m27quant.runtime.speculative.load import DrafterOptions
+    from m27quant.runtime.speculative.proposal import Drafter
+
+
+class Subject(Protocol):
+    """What answers."""
+
+    def run(
+        self, requests: Sequence[Request], concurrency: int, watch: Callable[[int, int], None]
+    ) -> Reading:
+        """Answer all requests, so many at once; `watch` hears of new answers and tokens, and may raise."""
+
+
+@dataclass(slots=True)
+class _Told:
+    """Progress over all cells, by requests."""
+
+    total: int
+    listen: ProgressCallback
+    stop: Callable[[], None]
+    done: int = 0
+    stage: str = ""
+
+    def __call__(self, answers: int, tokens: int) -> None:
+        self.stop()
+        self.done += answers
+        if answers:
+            self.listen(Progress(stage=self.stage, fraction=min(1.0, self.done / self.total)))
+
+
+def bench_checkpoint(
+    checkpoint: str | Path,
+    options: BenchOptions | None = None,
+    *,
+    drafter: str | Path | None = None,
+    drafter_options: DrafterOptions | None = None,
+    run_options: RunOptions | None = None,
+    check: bool = True,
+    revision: str | None = None,
+    offline: bool = False,
+    token: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    loading: Callable[[int, int], None] = lambda done, total: None,
+    progress: ProgressCallback = ignore,
+    stop: Callable[[], None] = lambda: None,
+    on_cell: Callable[[BenchResult], None] = lambda result: None,
+) -> BenchResult:
+    """Measure the bundled runtime on tasks, without a drafter and with it at each setting.
+
+    Args:
+        checkpoint: a folder or a Hub id.
+        options: what is asked.
+        drafter: a folder or a Hub id with a DFlash or EAGLE3 drafter, or `ngram`.
+        drafter_options: how it is configured, where `options.settings` says nothing else.
+        run_options: how the model runs; as many sequences at once as the greatest concurrency, in any case.
+        check: compare the checkpoint with verify's rules first.
+        revision: of a Hub id.
+        offline: take from the Hub's cache only.
+        token: for the Hub.
+        say: takes one line about each thing that was decided.
+        loading: called with layers loaded and layers in all.
+        progress: takes snapshots of the measuring.
+        stop: called between steps; what it raises ends the run.
+        on_cell: called with the result so far whenever a part of it was measured.
+
+    Raises:
+        UsageError: options that cannot be, or that this drafter does not have.
+        CheckpointError: the checkpoint, the drafter or a row of a task that cannot be used.
+        EnvironmentFault: it does not fit, the Hub cannot be reached, or no request was answered.
+    """
+    from dataclasses import replace
+
+    from m27quant.bench.inprocess import InProcess
+    from m27quant.checkpoint.hub import locate
+    from m27quant.llm import load
+    from m27quant.runtime.options import RunOptions as Options
+    from m27quant.runtime.speculative.choose import NGRAM, make_named
+    from m27quant.runtime.speculative.load import DrafterOptions
+
+    options = options or BenchOptions()
+    if drafter is None and (options.settings or drafter_options not in (None, DrafterOptions())):
+        raise UsageError("settings of a drafter, but no drafter", hint="name one with --drafter")
+    tasks = _tasks(options, offline, token)
+    location = locate(str(checkpoint), revision=revision, offline=offline, token=token)
+    named: str | Path | None = drafter
+    if drafter is not None and str(drafter) != NGRAM:
+        named = locate(str(drafter), offline=offline, token=token).folder
+    variants: list[Drafter] = []
+
+    def largest(model: Any) -> Drafter:
+        """The drafter at the setting that takes most memory; the others share its weights."""
+        assert named is not None
+        made = make_named(named, drafter_options or DrafterOptions(), location.folder, say)(model)
+        variants.extend(resized(made, setting) for setting in options.settings)
+        if not variants:
+            variants.append(made)
+        return max(variants, key=lambda d: d.num_draft_tokens)
+
+    running = replace(run_options or Options(), max_num_seqs=max(options.concurrency), seed=options.seed)
+    llm = load(
+        location.folder, running, drafter=None if named is None else largest, check=check, say=say, progress=loading,
+    )  # fmt: skip
+    distinct = {describe(d): d for d in variants}
+    subjects: dict[str | None, Subject] = {None: InProcess(llm, options, None)}
+    subjects |= {name: InProcess(llm, options, d) for name, d in distinct.items()}
+    result = BenchResult(
+        subject=str(checkpoint),
+        drafter=None if drafter is None else str(drafter),
+        options=asdict(options),
+        machine={**machine(), **_running(llm)},
+    )
+    _measure(result, subjects, tasks, options, progress, stop, on_cell)
+    _advise(result, {name: run_flags(d) for name, d in distinct.items()})
+    result.complete = True
+    on_cell(result)
+    return result
+
+
+def bench_server(
+    base_url: str,
+    options: BenchOptions | None = None,
+    *,
+    baseline_url: str | None = None,
+    model: str | None = None,
+    api_key: str | None = None,
+    timeout_s: float = 600.0,
+    offline: bool = False,
+    token: str | None = None,
+    progress: ProgressCallback = ignore,
+    stop: Callable[[], None] = lambda: None,
+    on_cell: Callable[[BenchResult], None] = lambda result: None,
+) -> BenchResult:
+    """Measure an OpenAI-compatible server by streamed chat completions, and what it tells of its drafts.
+
+    Args:
+        base_url: its address, the one that ends in /v1.
+        options: what is asked; settings of a drafter are the server's own affair.
+        baseline_url: a server of the same model without drafts, for the speed-up.
+        model: its name; None: the only one that the server has.
+        api_key: sent to both.
+        timeout_s: the longest silence of a request.
+        offline: tasks come from the Hub's cache only.
+        token: for the Hub.
+        progress: takes snapshots of the measuring.
+        stop: called often; what it raises ends the run.
+        on_cell: called with the result so far whenever a part of it was measured.
+
+    Raises:
+        UsageError: options that cannot be.
+        EnvironmentFault: no server, no request that was answered, or counters that do not fit each other.
+    """
+    from m27quant.bench.openai_client import Client
+    from m27quant.bench.server import Server
+
+    options = options or BenchOptions()
+    if options.settings:
+        raise UsageError("a server's drafter is set where it was started", hint="leave the settings out")
+    clients = [Client(url, api_key, timeout_s) for url in (base_url, baseline_url) if url is not None]
+    tasks = _tasks(options, offline, token)
+    servers = [Server(client, options, model) for client in clients]
+    subjects: dict[str | None, Subject] = {"as served": servers[0]}
+    if baseline_url is not None:
+        subjects = {None: servers[1], **subjects}
+    result = BenchResult(
+        subject=base_url,
+        drafter=None,
+        options={**asdict(options), "model": servers[0].model, "baseline_url": baseline_url},
+        machine={"client": machine()},
+    )
+    _measure(result, subjects, tasks, options, progress, stop, on_cell)
+    result.complete = True
+    on_cell(result)
+    return result
+
+
+def _tasks(options: BenchOptions, offline: bool, token: str | None) -> list[Loaded]:
+    tasks = [load_task(name, offline=offline, token=token) for name in options.tasks]
+    if len({t.name for t in tasks}) != len(tasks):
+        raise UsageError("two tasks have one name", hint="give their files different names")
+    return tasks
+
+
+def _measure(
+    result: BenchResult,
+    subjects: Mapping[str | None, Subject],
+    tasks: Sequence[Loaded],
+    options: BenchOptions,
+    progress: ProgressCallback,
+    stop: Callable[[], None],
+    on_cell: Callable[[BenchResult], None],
+) -> None:
+    """Fill the cells: those of one task and concurrency belong together, and come when all of them are done."""
+    rounds = options.repeat
+    each = sum(c + rounds * options.count(c) for c in options.concurrency)
+    told = _Told(total=each * len(tasks) * len(subjects), listen=progress, stop=stop)
+    for task in tasks:
+        for concurrency in options.concurrency:
+            warm, requests = make_requests(task.conversations, options, concurrency)
+            readings: dict[str | None, Reading] = {}
+            order = list(subjects)
+            for name in order:
+                told.stage = f"{task.name}, {concurrency} at once, warm-up"
+                subjects[name].run(warm, concurrency, told)
+            for _ in range(rounds):
+                for name in order:
+                    told.stage = f"{task.name}, {concurrency} at once, {name or 'without drafter'}"
+                    reading = subjects[name].run(requests, concurrency, told)
+                    readings[name] = readings[name] + reading if name in readings else reading
+                order.reverse()
+            cells = [Cell.of(task.name, concurrency, name, readings[name]) for name in subjects]
+            _refuse_silence(cells)
+            result.cells += cells
+            result.notices += [n for r in readings.values() for n in r.notices if n not in result.notices]
+            on_cell(result)
+
+
+def _refuse_silence(cells: Sequence[Cell]) -> None:
+    for cell in cells:
+        if cell.num_errors == cell.num_requests:
+            first = max(cell.errors, key=lambda e: cell.errors[e])
+            raise EnvironmentFault(
+                f"{cell.task}: none of {cell.num_requests} requests was answered: {first}",
+                hint="mend that first; nothing was measured",
+            )
+
+
+def _advise(result: BenchResult, flags: Mapping[str, str]) -> None:
+    result.advice = recommend(result.speeds(), flags)
+    preempted = sum(cell.num_preemptions for cell in result.cells)
+    if preempted:
+        result.notices.append(
+            f"{preempted} answers were put back for want of KV cache and computed anew: "
+            "lower the concurrency or --max-tokens, or raise --max-memory"
+        )
+
+
+def _running(llm: LLM) -> dict[str, Any]:
+    o = llm.options
+    return {
+        "device": str(llm.model.device),
+        "activations": o.activations,
+        "kv_cache_dtype": str(llm.engine.cache.shape.dtype).removeprefix("torch."),
+        "dtype": str(llm.model.dtype).removeprefix("torch."),
+        "invariant": llm.model.invariant,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a figure has to be read with; no names of hosts or users."""
+    found = describe_environment()
+    versions = {name: found.packages.get(name) for name in ("torch", "triton", "transformers")}
+    return {
+        "m27quant": found.m27quant,
+        "python": platform.python_version(),
+        "system": found.system,
+        "cpu": escape(found.cpu["model"]),
+        "cpus": found.cpu["usable"],
+        "gpus": [escape(device.name) for device in found.devices],
+        "versions": versions,
+    }
