@@ -1,0 +1,185 @@
+"""DFlash in training: blocks that start at sampled anchors, all of a sequence side by side (arXiv:2602.06036).
+
+A block is [anchor, mask, mask, ...]; slot k predicts the token k after the anchor.  Its slots see features of the
+positions before the anchor, and each other.
+
+Shapes: B sequences, T positions, t those before the last anchor, A anchors, K slots of a block, R = B * A * K rows,
+D hidden, F tapped features, J key/value heads, G query heads for each, C head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m27quant.drafters.attention import Sight, attend
+from m27quant.drafters.batch import Batch, LossReport, Parameters, Shared
+from m27quant.drafters.layers import LayerSpec, init_layer, matrix, mlp, rms_norm, rotary, rotate, wide
+from m27quant.drafters.losses import head_loss
+from m27quant.runtime.speculative.config import LayerAttention
+
+FULL = LayerAttention(window=None, causal=False, from_anchor=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFlashSpec(LayerSpec):
+    """A DFlash drafter."""
+
+    block_size: int
+    mask_token_id: int
+    attention: tuple[LayerAttention, ...] = ()
+    """What the slots of each layer see; everything before the anchor and the whole block where it is empty."""
+
+
+def init_dflash(spec: DFlashSpec, generator: torch.Generator) -> Parameters:
+    """F32 masters, by the names of z-lab's checkpoints."""
+    D = spec.hidden_size
+    params = {"fc.weight": matrix(generator, D, len(spec.hidden_states) * D)}
+    params |= {"hidden_norm.weight": torch.ones(D), "norm.weight": torch.ones(D)}
+    for n in range(spec.num_hidden_layers):
+        params |= init_layer(f"layers.{n}.", spec, D, generator)
+        params |= {f"layers.{n}.self_attn.{x}_norm.weight": torch.ones(spec.head_dim) for x in "qk"}
+    return params
+
+
+def sample_anchors(
+    batch: Batch, anchors_per_seq: int, generators: Sequence[torch.Generator]
+) -> tuple[Tensor, Tensor]:
+    """Distinct positions t of each sequence whose next token was written by the target, ascending.
+
+    A sequence's anchors depend on its own generator (of a CPU, one each) and its own tokens alone.
+
+    Returns:
+        (anchors int64 [B, A], valid bool [B, A]): A is `anchors_per_seq`, or less where no sequence has so many; what
+        is not valid is 0 and comes last.
+    """
+    learned = batch.learned_BT()[:, 1:]
+    draws = torch.full(learned.shape, -1.0)
+    for row, (generator, length) in enumerate(zip(generators, batch.lengths_B.tolist(), strict=True)):
+        draws[row, : max(0, length - 1)] = torch.rand(max(0, length - 1), generator=generator)
+    draws = draws.to(learned.device).masked_fill(~learned, -1.0)
+    most = min(anchors_per_seq, max(1, int(learned.sum(1).max()))) if learned.numel() else 0
+    chosen = draws.topk(most, dim=1)
+    late = learned.shape[1]
+    anchors = chosen.indices.masked_fill(chosen.values < 0, late).sort(1).values
+    valid = anchors < late
+    return anchors.masked_fill(~valid, 0), valid
+
+
+def dflash_loss(
+    params: Parameters,
+    spec: DFlashSpec,
+    batch: Batch,
+    anchors: tuple[Tensor, Tensor],
+    shared: Shared,
+    *,
+    slot_weights_K1: Tensor,
+    soft: float,
+) -> LossReport:
+    """Weighted mean over slots k = 1..K-1 of all blocks.
+
+    A slot counts as long as the target wrote every token from the one after the anchor to the slot's own.
+
+    Args:
+        params: in the compute dtype.
+        spec: sizes.
+        batch: sequences.
+        anchors: what `sample_anchors` returned.
+        shared: the target's embedding and head.
+        slot_weights_K1: F32 [K - 1]; blocks have K slots, whatever `spec.block_size`.
+        soft: share of distillation from the target's logits, 0 to 1.
+    """
+    anchors_BA, valid_BA = anchors
+    (B, T), K1 = batch.ids_BT.shape, len(slot_weights_K1)
+    hidden_BAKD = block_hidden(params, spec, batch, anchors_BA, shared, K1 + 1)
+    at = anchors_BA[..., None] + torch.arange(1, K1 + 1, device=anchors_BA.device)
+    inside, at = at < T, at.clamp(max=T - 1)
+    row = torch.arange(B, device=at.device)[:, None, None]
+    counted = (inside & batch.learned_BT()[row, at]).cumprod(-1).bool() & valid_BA[..., None]
+    weights = slot_weights_K1.to(at.device, wide(hidden_BAKD)).expand(counted.shape)[counted]
+    weight = weights.sum()
+    final_RD = batch.final_BTD[row, at - 1][counted].to(shared.head_VD.dtype) if soft > 0 else None
+    total, losses, hits = head_loss(
+        hidden_BAKD[:, :, 1:][counted],
+        shared.head_VD,
+        batch.ids_BT[row, at][counted],
+        weights / weight.clamp(min=1e-30),
+        None if final_RD is None else lambda piece: F.linear(final_RD[piece], shared.head_VD),
+        soft,
+    )
+    losses_BAK1 = torch.zeros_like(counted, dtype=losses.dtype).masked_scatter_(counted, losses)
+    hits_BAK1 = torch.zeros_like(counted).masked_scatter_(counted, hits)
+    sums = (x.sum((0, 1)) for x in (losses_BAK1, hits_BAK1, hits_BAK1.cumprod(-1), counted, counted))
+    return LossReport(total, weight, *(x.to(losses.dtype) for x in sums))
+
+
+def block_hidden(
+    p: Parameters, spec: DFlashSpec, batch: Batch, anchors_BA: Tensor, shared: Shared, block: int
+) -> Tensor:
+    """Hidden states after the final norm, [B, A, K, D], of blocks of `block` slots that start at the anchors.
+
+    Anchors should ascend; positions from the last one on are not read.
+    """
+    (B, A), K, eps, dtype = anchors_BA.shape, block, spec.rms_norm_eps, p["fc.weight"].dtype
+    t = int(anchors_BA.max())
+    taps = batch.taps_BTF[:, :t].flatten(0, 1).to(dtype)
+    context = rms_norm(F.linear(taps, p["fc.weight"]), p["hidden_norm.weight"], eps)
+    slots = torch.arange(K, device=anchors_BA.device)
+    at_context = rotary(spec.rope, torch.arange(t, device=slots.device), dtype)
+    at_slots = rotary(spec.rope, anchors_BA[..., None] + slots, dtype)
+    ids = torch.full((B, A, K), spec.mask_token_id, device=slots.device)
+    ids[..., 0] = batch.ids_BT.gather(1, anchors_BA)
+    x = F.embedding(ids.flatten(), shared.embed_VD)
+    x = x.to(wide(x))
+    sights = {rule: _sight(rule, anchors_BA, slots) for rule in spec.attention or (FULL,)}
+    for n in range(spec.num_hidden_layers):
+        layer, rule = f"layers.{n}.", spec.attention[n] if spec.attention else FULL
+        w = {name: p[f"{layer}self_attn.{name}.weight"] for name in ATTENTION}
+        h = rms_norm(x, p[f"{layer}input_layernorm.weight"], eps)
+        q = _heads(F.linear(h, w["q_proj"]), (B, A, K), w["q_norm"], at_slots, spec) * spec.head_dim**-0.5
+        own_k = _heads(F.linear(h, w["k_proj"]), (B, A, K), w["k_norm"], at_slots, spec)
+        k = _heads(F.linear(context, w["k_proj"]), (B, t), w["k_norm"], at_context, spec)
+        out = attend(
+            q.view(B, A, K, spec.num_key_value_heads, -1, spec.head_dim)
+            .permute(0, 3, 1, 4, 2, 5)
+            .contiguous(),
+            k.transpose(1, 2).contiguous(),
+            F.linear(context, w["v_proj"]).view(k.shape).transpose(1, 2).contiguous(),
+            own_k.permute(0, 3, 1, 2, 4).contiguous(),
+            F.linear(h, w["v_proj"]).view(own_k.shape).permute(0, 3, 1, 2, 4).contiguous(),
+            sights[rule],
+        )
+        x = x + F.linear(out.permute(0, 2, 4, 1, 3, 5).reshape(B * A * K, -1), w["o_proj"]).to(x.dtype)
+        h = rms_norm(x, p[f"{layer}post_attention_layernorm.weight"], eps)
+        x = x + mlp(p, layer, h).to(x.dtype)
+    return rms_norm(x, p["norm.weight"], eps).view(B, A, K, -1)
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+
+
+def _heads(
+    x: Tensor, rows: tuple[int, ...], norm: Tensor, at: tuple[Tensor, Tensor], spec: DFlashSpec
+) -> Tensor:
+    """Normed per head and rotated: [*rows, heads, C]."""
+    heads = x.view(*rows, -1, spec.head_dim)
+    return rotate(rms_norm(heads, norm, spec.rms_norm_eps), *at)
+
+
+def _sight(rule: LayerAttention, anchors_BA: Tensor, slots_K: Tensor) -> Sight:
+    """As `m27quant.runtime.speculative.dflash` has it."""
+    begin, own = torch.zeros_like(anchors_BA)[..., None], None
+    back = slots_K[:, None] - slots_K
+    if rule.causal:
+        own = back >= 0
+    if rule.window is not None and rule.from_anchor:
+        begin = anchors_BA[..., None] - rule.window
+    elif rule.window is not None:
+        begin = anchors_BA[..., None] + slots_K - rule.window + 1
+        near = back < rule.window
+        own = near if own is None else own & near
+    return Sight(begin.clamp(min=0), anchors_BA, own)
