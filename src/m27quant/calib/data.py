@@ -176,11 +176,11 @@ def _rows(
     rows: Iterable[tuple[str, dict[str, Any]]]
     if path is not None:
         reader: Callable[[Path], Iterator[tuple[str, dict[str, Any]]]] = (
-            _parquet if path.suffix == ".parquet" else _jsonl
+            parquet_rows if path.suffix == ".parquet" else _jsonl
         )
         rows = _shuffled(reader(path), seed)
     else:
-        rows = _streamed(dataset, split, seed, offline, token)
+        rows = streamed_rows(dataset, split, seed, offline, token)
     for where, row in rows:
         ids = encode.row(row, dataset, where)
         if ids:
@@ -237,7 +237,7 @@ def _take(rows: Iterator[list[int]], count: int) -> list[list[int]]:
         raise
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -254,7 +254,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise CheckpointError(f"{escape(path)}: not a readable Parquet file ({escape(fault)})") from None
 
 
-def _streamed(
+def streamed_rows(
     dataset: Dataset, split: str, seed: int, offline: bool, token: str | None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a Hub data set without downloading all of it."""

@@ -17,6 +17,7 @@ import typer
 
 import m27quant
 from m27quant.cli import env, explain, inspect, quantize, report, run, serve, verify
+from m27quant.cli.drafter import drafter_app
 from m27quant.cli.output import Mode, Output
 from m27quant.cli.recipe import recipe_app
 from m27quant.errors import EnvironmentFault, Interrupted, M27Error, UsageError
@@ -58,6 +59,7 @@ def _program(
 
 
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(drafter_app, name="drafter")
 app.command("env")(env.env)
 app.command("quantize")(quantize.quantize)
 app.command("verify")(verify.verify)

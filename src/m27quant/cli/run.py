@@ -140,7 +140,7 @@ def run(
         llm = load(
             checkpoint, settings, drafter=drafter, drafter_options=drafting, check=not no_verify,
             revision=revision, offline=offline, token=token.reveal() if token else None,
-            say=say, progress=_loading(progress),
+            say=say, progress=loading(progress),
         )  # fmt: skip
     if input_file is not None:
         assert output_file is not None
@@ -199,7 +199,7 @@ def _drafting(
     return None
 
 
-def _loading(progress: ProgressCallback) -> Any:
+def loading(progress: ProgressCallback) -> Any:
     """Reports layers once loading has taken a moment; what is there at once needs no progress."""
     begun = time.monotonic()
 

@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -46,6 +46,21 @@ def graceful(output: Output, resume_command: str) -> Iterator[Callable[[], None]
 
 def resume_command() -> str:
     """This process's own command line with `--resume`, without secrets and without `--overwrite`."""
+    kept, positional = _arguments()
+    return shlex.join(["m27quant", *kept, "--resume", *positional])
+
+
+def command_line(renamed: Mapping[str, str]) -> str:
+    """This process's own command line for others to repeat: no secrets, no `--resume` or `--overwrite`.
+
+    Arguments that are keys of `renamed` are shown under other names.
+    """
+    kept, positional = _arguments()
+    return shlex.join(["m27quant", *(renamed.get(argument, argument) for argument in [*kept, *positional])])
+
+
+def _arguments() -> tuple[list[str], list[str]]:
+    """What stands before `--`, cleaned, and the rest with it."""
     arguments = sys.argv[1:]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     kept: list[str] = []
@@ -55,4 +70,4 @@ def resume_command() -> str:
             skip = argument == "--token"
             continue
         kept.append(argument)
-    return shlex.join(["m27quant", *kept, "--resume", *arguments[end:]])
+    return kept, arguments[end:]
