@@ -30,6 +30,10 @@ class CalibrationError(FindingsError):
     """Calibration ran but its result cannot be trusted (too many non-finite rows, for instance)."""
 
 
+class TrainingError(FindingsError):
+    """Training ran but its loss or gradient is no longer a number."""
+
+
 class UsageError(M27Error):
     """Bad arguments or a bad combination of them."""
 

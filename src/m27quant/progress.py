@@ -22,6 +22,10 @@ class Progress:
     rss_bytes: int | None = None
     device_bytes: int | None = None
     """Peak memory allocated on the accelerator, None on a CPU."""
+    loss: float | None = None
+    """Of the training step that was done last."""
+    accuracy: tuple[float, ...] | None = None
+    """Of that step's drafts, position by position."""
 
 
 ProgressCallback = Callable[[Progress], None]

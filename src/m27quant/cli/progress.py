@@ -21,6 +21,8 @@ from m27quant.cli.units import format_duration, format_rate, format_size
 from m27quant.progress import Progress, ProgressCallback, ignore
 
 HEARTBEAT_S = 30.0
+SHOWN = 8
+"""Positions whose accuracy is shown."""
 
 Clock = Callable[[], float]
 
@@ -63,6 +65,10 @@ class Pace:
 def facts(snapshot: Progress, left_s: float | None) -> list[str]:
     """The figures of a snapshot, the most wanted first."""
     found = [f"ETA {format_duration(left_s)}"] if left_s is not None else []
+    if snapshot.loss is not None:
+        found.append(f"loss {snapshot.loss:.4f}")
+    if snapshot.accuracy:
+        found.append("acc " + " ".join(f"{share:.0%}" for share in snapshot.accuracy[:SHOWN]))
     if snapshot.tokens_per_s is not None:
         found.append(f"{snapshot.tokens_per_s:,.0f} tok/s")
     if snapshot.bytes_per_s is not None:

@@ -1,0 +1,179 @@
+"""Everything about a training run that is known before its first step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import m27quant
+from m27quant.checkpoint.config import M2Config
+from m27quant.checkpoint.hub import locate
+from m27quant.checkpoint.paths import existing
+from m27quant.checkpoint.quantized import open_checkpoint
+from m27quant.checkpoint.tokenizer import Tokenizer
+from m27quant.drafters.options import TrainOptions
+from m27quant.drafters.order import Order, mixed
+from m27quant.drafters.presets import Recipe, resolve
+from m27quant.drafters.samples import MANIFEST, Sample, read_manifest, read_samples
+from m27quant.drafters.states import fingerprint_of
+from m27quant.errors import UsageError, escape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A run, planned."""
+
+    recipe: Recipe
+    target: str
+    target_folder: Path
+    config: M2Config
+    samples: list[Sample]
+    heldout: list[Sample]
+    order: Order
+    steps: int
+    fingerprint: dict[str, Any]
+    """What must be the same for a run to be continued."""
+    manifests: tuple[dict[str, Any], ...]
+    """Of the data folders, as `drafter generate-data` wrote them."""
+
+    @property
+    def num_learned(self) -> int:
+        """Tokens of the data that the target wrote."""
+        return sum(end - begin for sample in self.samples for begin, end in sample.learned)
+
+    def describe(self) -> list[str]:
+        """What is to be done, line by line."""
+        s, r = self.recipe.shape, self.recipe
+        taps = ", ".join(map(str, s.hidden_states))
+        return [
+            f"taps: hidden states {taps} of the target (0 is its embedding; the outputs of layers "
+            f"{', '.join(str(state - 1) for state in s.hidden_states)} counted from 0)",
+            f"data: {len(self.samples):,} samples, {self.num_learned:,} tokens that the target wrote"
+            + (f"; {len(self.heldout):,} samples held out" if self.heldout else ""),
+            f"training: {self.steps:,} steps ({self.order.steps_per_epoch:,} to an epoch) of {self.order.size} samples, "
+            f"{r.optimizer}, lr {r.lr:g}, {r.schedule}",
+        ]
+
+
+def prepare(
+    kind: str,
+    target: str,
+    data: Sequence[str],
+    options: TrainOptions,
+    num_ranks: int,
+    say: Callable[[str], None],
+) -> Prepared:
+    """Read and check config, options and data.
+
+    Raises:
+        UsageError: options that do not fit the target or each other; data without anything to learn.
+        CheckpointError: target or data unreadable.
+    """
+    location = locate(target)
+    if location.repo_id is not None:
+        say(location.describe())
+    with open_checkpoint(location) as source:
+        config = source.config
+    recipe = resolve(kind, options, config)
+    read = _Reader(location.folder, config.vocab_size, recipe.max_length)
+    samples = [sample for path in data for sample in read(path)]
+    heldout: list[Sample] = []
+    if options.heldout is not None:
+        share = _share(options.heldout)
+        if share is None:
+            heldout = read(options.heldout)
+        else:
+            samples, heldout = split(samples, share, recipe.seed)
+    usable = [sample for sample in samples if _can_be_learned(sample)]
+    if len(usable) < len(samples):
+        say(f"{len(samples) - len(usable):,} of {len(samples):,} samples hold nothing to learn")
+    if not usable:
+        raise UsageError(
+            "the data holds nothing to learn: no token that the target wrote",
+            hint="make data with `m27quant drafter generate-data`",
+        )
+    heldout = [sample for sample in heldout if _can_be_learned(sample)]
+    if options.heldout is not None and not heldout:
+        raise UsageError("nothing is held out: no sample with a token that the target wrote")
+    size = recipe.batch_size * recipe.grad_accumulation * num_ranks
+    order = Order([len(sample) for sample in usable], size, recipe.seed)
+    steps = recipe.steps or max(1, ceil((recipe.epochs or 0) * order.steps_per_epoch))
+    fingerprint = recipe.document() | {
+        "target": fingerprint_of(target),
+        "data": digest(usable),
+        "samples": len(usable),
+        "ranks": num_ranks,
+        "steps": steps,
+        "layout": options.layout,
+        "m27quant": m27quant.__version__,
+    }
+    return Prepared(
+        recipe=recipe, target=target, target_folder=location.folder, config=config, samples=usable,
+        heldout=heldout, order=order, steps=steps, fingerprint=fingerprint, manifests=_manifests(data),
+    )  # fmt: skip
+
+
+class _Reader:
+    """Samples of one data folder or file after another."""
+
+    def __init__(self, folder: Path, vocab_size: int, max_length: int) -> None:
+        has_tokenizer = (folder / "tokenizer.json").is_file()
+        self._tokenizer = Tokenizer(folder) if has_tokenizer else None
+        self._limits = {"vocab_size": vocab_size, "max_length": max_length}
+
+    def __call__(self, text: str) -> list[Sample]:
+        path = existing(text)
+        if path is None:
+            raise UsageError(
+                f"{escape(text)}: no such file or folder", hint="name a data folder or a JSONL file"
+            )
+        return read_samples(path, self._tokenizer, **self._limits)
+
+
+def _share(text: str) -> float | None:
+    """A share of the data, 0.05 or 5%; None where `text` is a path."""
+    if existing(text) is not None:
+        return None
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+    if not 0 < share < 1:
+        raise UsageError(
+            f"heldout {escape(text)}: a share lies between 0 and 1", hint="0.05 is a twentieth of the data"
+        )
+    return share
+
+
+def split(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(the rest, `share` of the samples drawn at random, at least one)."""
+    generator = torch.Generator().manual_seed(mixed(seed, "heldout"))
+    count = max(1, round(share * len(samples)))
+    chosen = set(torch.randperm(len(samples), generator=generator)[:count].tolist())
+    rest = [sample for index, sample in enumerate(samples) if index not in chosen]
+    return rest, [samples[index] for index in sorted(chosen)]
+
+
+def _can_be_learned(sample: Sample) -> bool:
+    """Some token was written by the target, and one stands before it and one behind."""
+    return len(sample) >= 3 and any(end > max(begin, 1) + 1 for begin, end in sample.learned)
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """SHA-256 of all tokens and of what is learned of them."""
+    hashed = hashlib.sha256()
+    for sample in samples:
+        hashed.update(repr((len(sample), sample.learned)).encode())
+        hashed.update(sample.tokens.tobytes())
+    return hashed.hexdigest()
+
+
+def _manifests(data: Sequence[str]) -> tuple[dict[str, Any], ...]:
+    folders = [path for text in data if (path := existing(text)) is not None and path.is_dir()]
+    return tuple(read_manifest(folder) for folder in folders if (folder / MANIFEST).is_file())

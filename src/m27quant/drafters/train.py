@@ -1,0 +1,297 @@
+"""Train a DFlash or EAGLE3 drafter on what its target wrote: prepare -> for each step: learn -> write the drafter.
+
+The states are the target's own, frozen; one batch of them is in memory at a time.  A run that is killed goes on from
+its last state with `resume=True` and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from m27quant.checkpoint.paths import existing
+from m27quant.checkpoint.workspace import check_same
+from m27quant.drafters.batch import Shared
+from m27quant.drafters.distributed import leave, told_by_first
+from m27quant.drafters.drafting import drafting_of
+from m27quant.drafters.export import write_drafter
+from m27quant.drafters.learn import Learner, StepReport
+from m27quant.drafters.measure import measure
+from m27quant.drafters.options import TrainOptions
+from m27quant.drafters.prepare import Prepared, prepare
+from m27quant.drafters.saving import Pace
+from m27quant.drafters.state import LOG, Log, State, TrainingFolder, remove_folder
+from m27quant.drafters.states import TargetStates
+from m27quant.errors import EnvironmentFault, Interrupted, TrainingError, UsageError, escape
+from m27quant.progress import Progress, ProgressCallback, ignore
+from m27quant.runtime.device import pick_device
+from m27quant.runtime.host_memory import rss_bytes
+from m27quant.runtime.options import RunOptions
+from m27quant.runtime.parallel import Ranks, join, local_device
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CACHE = 8 * 2**30
+"""Bytes of the target's states on disk."""
+STATES = "states"
+LAST = 100
+"""Steps whose mean is the final loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """A finished training."""
+
+    out: Path
+    kind: str
+    steps: int
+    loss: float
+    """Mean of the last 100 steps."""
+    accuracy: tuple[float, ...]
+    """Of their positions: how often the first choice is the token that follows."""
+    heldout: dict[str, Any] | None
+    """The last evaluation: val_loss, accuracy, c_k, tau, m_accept, blocks."""
+    parameters: int
+    file_bytes: int
+    elapsed_s: float
+    """Of this process."""
+    was_complete: bool = False
+    """True when `resume` found nothing left to do."""
+
+
+def train_drafter(
+    kind: str,
+    target: str | Path,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    options: TrainOptions | None = None,
+    *,
+    command: str | None = None,
+    progress: ProgressCallback = ignore,
+    stop: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = log.info,
+    **changes: Any,
+) -> TrainResult:
+    """Train a drafter for TARGET on DATA and write it to OUT.
+
+    Under torchrun every rank takes its part of each batch; the first one writes.
+
+    Args:
+        kind: "dflash" or "eagle3".
+        target: local folder or Hub id of an FP8, BF16 or NVFP4 checkpoint.
+        data: data folders of `drafter generate-data`, or JSON-lines files.
+        out: folder to create.
+        options: see `TrainOptions`.
+        command: what the model card is to say the drafter was made with.
+        progress: called with snapshots of the work.
+        stop: called at every step; raises `Interrupted` to end the run resumably.
+        say: told what was decided.
+        **changes: fields of `TrainOptions` by name, instead of or on top of `options`.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite; the last state is kept.
+        M27Error: see m27quant.errors; nothing that looks like a drafter is left behind.
+    """
+    options = replace(options or TrainOptions(), **changes)
+    started, out = time.monotonic(), Path(out)
+    paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
+    _check_paths(out, [str(target), *paths])
+    device = pick_device(local_device(options.device))
+    folder = TrainingFolder(out)
+    ranks = join(device)
+    try:
+        if ranks.rank == 0:
+            folder.check(resume=options.resume, overwrite=options.overwrite)  # before anything long
+        plan = prepare(kind, str(target), paths, options, ranks.size, say)
+        if _is_done(folder, plan, options, ranks):
+            result = (folder.record() or {})["result"]
+            return _result(out, result, started, was_complete=True)
+        if ranks.rank == 0:
+            folder.open(
+                plan.fingerprint, resume=options.resume, overwrite=options.overwrite,
+                force_unlock=options.force_unlock,
+            )  # fmt: skip
+        run = _Run(plan, options, folder, ranks, device, progress, stop, say)
+        return _result(out, run.to_the_end(command), started)
+    finally:
+        folder.close()
+        leave(ranks)
+
+
+def _check_paths(out: Path, inputs: Sequence[str]) -> None:
+    for text in inputs:
+        path = existing(text)
+        if path is not None and path.resolve() in (out.resolve(), *out.resolve().parents):
+            raise UsageError(f"{escape(out)} lies in the input {escape(path)}", hint="choose another OUT")
+
+
+def _is_done(folder: TrainingFolder, plan: Prepared, options: TrainOptions, ranks: Ranks) -> bool:
+    done = ranks.rank == 0 and options.resume and folder.is_finished()
+    if done:
+        check_same((folder.record() or {})["fingerprint"], plan.fingerprint)
+    return bool(told_by_first(done, ranks))
+
+
+def _result(out: Path, found: dict[str, Any], started: float, *, was_complete: bool = False) -> TrainResult:
+    known = found | {"accuracy": tuple(found["accuracy"])}
+    elapsed = time.monotonic() - started
+    return TrainResult(out=out, elapsed_s=elapsed, was_complete=was_complete, **known)
+
+
+class _Run:
+    """One process's part of a training."""
+
+    def __init__(
+        self,
+        plan: Prepared,
+        options: TrainOptions,
+        folder: TrainingFolder,
+        ranks: Ranks,
+        device: torch.device,
+        progress: ProgressCallback,
+        stop: Callable[[], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.plan, self.options, self.folder, self.ranks = plan, options, folder, ranks
+        self.progress, self.stop, self.say = progress, stop, say
+        self.is_first = ranks.rank == 0
+        recipe = plan.recipe
+        self._cache = folder.private / STATES
+        size = DEFAULT_CACHE if options.cache_size is None else options.cache_size
+        self.states = TargetStates.open(
+            plan.target, RunOptions(device=str(device)), cache_folder=self._cache if size else None,
+            cache_bytes=size, say=say if self.is_first else lambda line: None,
+        )  # fmt: skip
+        dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[recipe.dtype]
+        shared = Shared(
+            self.states.embed.to(device, dtype).clone(), self.states.head.to(device, dtype).clone()
+        )
+        self.drafting = drafting_of(recipe, plan.samples, shared)
+        self.learner = Learner(plan, self.drafting, self.states, ranks, device, dtype)
+        self.log = Log(folder.private / LOG)
+        self.where = {
+            "torch": torch.__version__, "threads": torch.get_num_threads(), "device": device.type,
+        }  # fmt: skip
+        self.pace = Pace(options.save_every)
+        self.seconds = 0.0
+        self.step = 0
+        self.heldout: dict[str, Any] | None = None
+        self.recent: list[StepReport] = []
+
+    # -- the road -------------------------------------------------------------------------------
+
+    def to_the_end(self, command: str | None) -> dict[str, Any]:
+        """All steps that are left, and the drafter."""
+        try:
+            self._begin()
+            while self.step < self.plan.steps:
+                self._one_step()
+            return self._finish(command)
+        finally:
+            self.states.close()
+
+    def _begin(self) -> None:
+        """Go on from the last state, if there is one."""
+        state = self.folder.load() if self.is_first else None
+        step = told_by_first(0 if state is None else state.step, self.ranks)
+        if step and not self.is_first:
+            state = self.folder.load()
+        if step and (state is None or state.step != step):
+            raise EnvironmentFault(
+                f"rank {self.ranks.rank} does not see the state of step {step} in {escape(self.folder.out)}",
+                hint="put OUT on a file system that all ranks share",
+            )
+        if state is not None:
+            self.step, self.seconds = step, state.facts["seconds"]
+            self.learner.optimizer.load_state(state.tensors)
+        if self.is_first:
+            self._tell_beginning(state)
+
+    def _tell_beginning(self, state: State | None) -> None:
+        before = self.log.keep(self.step)
+        if not before:
+            self.log.write("begin", 0, **self.plan.fingerprint, where=self.where)
+        if state is not None:
+            if state.facts["where"] != self.where:
+                self.say(
+                    f"notice: begun on {state.facts['where']}, resumed on {self.where}: last bits may differ"
+                )
+            self.say(f"resumed behind step {self.step} of {self.plan.steps}")
+        for line in self.plan.describe():
+            self.say(line)
+
+    def _one_step(self) -> None:
+        begun = time.monotonic()
+        asked = self._asked_to_stop()
+        report = self.learner.step(self.step, stop=asked is not None)
+        self._refuse_non_finite(report)
+        self.step += 1
+        self.seconds += (took := time.monotonic() - begun)
+        if self.is_first:
+            self._tell(report, took)
+            self._evaluate_if_due()
+        if report.stop:
+            if self.is_first:
+                self._save()
+            raise asked or Interrupted("another rank was stopped; what was finished is kept")
+        if self.is_first and self.pace.is_due(self.step, self.plan.steps):
+            self._save()
+
+    def _asked_to_stop(self) -> Interrupted | None:
+        try:
+            self.stop()
+        except Interrupted as fault:
+            return fault
+        return None
+
+    def _refuse_non_finite(self, report: StepReport) -> None:
+        if not report.is_finite:
+            raise TrainingError(
+                f"step {self.step + 1}: the {report.what_is_wrong} is not finite; nothing of this step was kept",
+                hint="the state before it is in OUT/.m27quant; start anew with a lower --lr, or --dtype f32",
+            )
+
+    def _tell(self, report: StepReport, took: float) -> None:
+        speed = report.tokens / took
+        self.log.write(
+            "step", self.step, **report.to_json(), seconds=round(took, 4), tokens_per_s=round(speed, 1)
+        )
+        self.recent = [*self.recent[-LAST + 1 :], report]
+        self.progress(
+            Progress(
+                stage=f"step {self.step}/{self.plan.steps}", fraction=self.step / self.plan.steps, tokens_per_s=speed,
+                rss_bytes=rss_bytes(), loss=report.loss, accuracy=report.accuracy,
+            )
+        )  # fmt: skip
+
+    def _evaluate_if_due(self) -> None:
+        if not self.plan.heldout:
+            return
+        every = self.options.eval_every or max(1, self.plan.steps // 10)
+        if self.step % every == 0 or self.step == self.plan.steps:
+            found = measure(self.learner, self.plan.heldout[: self.options.eval_samples])
+            self.log.write("eval", self.step, **found)
+            self.heldout = found
+            shown = ", ".join(f"{key} {found[key]:.3f}" for key in ("val_loss", "tau"))
+            self.say(f"step {self.step}: held out: {shown}")
+
+    def _save(self) -> None:
+        facts = {"seconds": self.seconds, "where": self.where}
+        with self.pace.timed():
+            self.folder.save(self.step, facts, self.learner.optimizer.state())
+
+    def _finish(self, command: str | None) -> dict[str, Any]:
+        result: dict[str, Any] | None = None
+        if self.is_first:
+            result = write_drafter(
+                self.plan, self.learner.optimizer.masters, self.drafting.tables(), self.log.read(), self.folder,
+                layout=self.options.layout, command=command, last=LAST,
+            )  # fmt: skip
+            remove_folder(self._cache)
+        return told_by_first(result, self.ranks)  # type: ignore[no-any-return]  # as it was sent
