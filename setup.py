@@ -22,6 +22,7 @@ SOURCES = (
     "nvfp4_moe",
     "nvfp4_pack",
     "nvfp4_rows",
+    "nvfp4_search",
     "nvfp4_stats",
     "router",
 )
@@ -33,7 +34,7 @@ setup(
             sources=[f"{NATIVE}/{name}.c" for name in SOURCES],
             depends=[
                 f"{NATIVE}/{name}.h"
-                for name in ("attention_chunk", "core", "kv_cache", "nvfp4", "nvfp4_fp8", "vector")
+                for name in ("attention_chunk", "core", "kv_cache", "nvfp4", "nvfp4_fp8", "nvfp4_search", "vector")
             ],
             # No -ffast-math and no contraction to FMA: every operation is rounded once, as in the reference.
             extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],

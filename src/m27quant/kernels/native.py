@@ -40,6 +40,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "m27_amax_bf16": (c_float, [c_void_p, c_int64, *_ROWS]),
     "m27_pack_fp8": (c_int, [*_FP8, c_float, c_void_p, c_void_p, *_ROWS]),
     "m27_pack_bf16": (c_int, [c_void_p, c_int64, c_float, c_void_p, c_void_p, *_ROWS]),
+    "m27_search_fp8": (c_int, [*_FP8, c_float, c_void_p, c_void_p, c_void_p, *_ROWS]),
+    "m27_search_bf16": (c_int, [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, *_ROWS]),
     "m27_count_fp8": (None, [*_FP8, c_float, c_void_p, *_ROWS]),
     "m27_count_bf16": (None, [c_void_p, c_int64, c_float, c_void_p, *_ROWS]),
     "m27_row_errors": (None, [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_void_p, *_ROWS]),

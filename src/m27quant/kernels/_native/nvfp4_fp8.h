@@ -54,7 +54,7 @@ M27_INLINE void block_values(float scale_inv, double *value) {
     for (uint32_t c = 0; c < CODES; c++) value[c] = bf16_value(bf16_bits(e4m3_value(c) * fabsf(scale_inv)));
 }
 
-static void fill(Steps *e, const double *value, int most, float ws2) {
+M27_INLINE void fill(Steps *e, const double *value, int most, float ws2) {
     if (!isfinite(value[most])) {
         e->state = 2;
         return;

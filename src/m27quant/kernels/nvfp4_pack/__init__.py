@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from m27quant.kernels.dispatch import choose
 from m27quant.kernels.fp8_dequant import BLOCK
-from m27quant.kernels.nvfp4_pack import checks, reference
+from m27quant.kernels.nvfp4_pack import checks, reference, scale_search
 from m27quant.kernels.nvfp4_pack.reference import GROUP
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Exact",
     "GroupCounts",
     "PackedNVFP4",
+    "Scales",
     "SquaredError",
     "amax",
     "compare",
@@ -32,6 +33,9 @@ __all__ = [
     "squared_error",
     "unpack",
 ]
+
+Scales = Literal["max", "mse"]
+"""How block scales are chosen: from each block's largest magnitude, or by the least squared error."""
 
 
 class PackedNVFP4(NamedTuple):
@@ -105,6 +109,8 @@ def pack(
     amax: Tensor,
     block: tuple[int, int] = BLOCK,
     out: tuple[Tensor, Tensor] | None = None,
+    scales: Scales = "max",
+    channel_weight: Tensor | None = None,
 ) -> PackedNVFP4:
     """Encode a weight in NVFP4, byte for byte as modelopt does its BF16 values.
 
@@ -115,16 +121,29 @@ def pack(
         amax: F32 [], max |x| of this weight, or of all weights that share its `weight_scale_2` (w1 and w3
             of one expert).  A smaller one clips.  0 (a dead expert) gives `weight_scale_2` = 6/2688.
         out: contiguous buffers U8 [N, K/2] and float8_e4m3fn [N, K/16] to write to; undefined after an error.
+        scales: "max" is modelopt's max calibration; "mse" takes for each group of 16 the E4M3 scale with the least
+            squared error of all 126, the smallest of equal ones (`scale_search` is the specification).
+        channel_weight: F32 [K], finite and not negative; with "mse" the squared error of column j counts
+            channel_weight[j] times.  A group whose 16 weights are all 0 is treated as if they were 1.
 
     Raises:
         CheckpointError: as for `amax`; nothing is returned that a NaN or Inf went into.
-        ValueError: an `amax` that no BF16 weight can have, an `out` that does not fit.
+        ValueError: an `amax` that no BF16 weight can have, an `out` or a `channel_weight` that does not fit.
     """
     checks.check_weight(weight, scale_inv, block)
     checks.check_amax(amax)
     weight_scale_2 = reference.global_scale(amax.to(weight.device))
     codes, scale = _buffers(weight, out)
-    if not _backend(weight.device).pack(weight, scale_inv, weight_scale_2, block, codes, scale):
+    backend = _backend(weight.device)
+    if scales == "mse":
+        channel_weight = checks.channel_weights(channel_weight, weight)
+        search = scale_search.pack if backend is reference else backend.pack_least_error
+        finite = search(weight, scale_inv, weight_scale_2, block, channel_weight, codes, scale)
+    elif channel_weight is not None:
+        raise ValueError('channel_weight goes with scales="mse"')
+    else:
+        finite = backend.pack(weight, scale_inv, weight_scale_2, block, codes, scale)
+    if not finite:
         raise checks.nonfinite_error(weight, scale_inv, block)
     return PackedNVFP4(codes, scale, weight_scale_2)
 

@@ -44,6 +44,21 @@ def check_amax(amax: Tensor) -> None:
         raise ValueError(f"amax must be 0 or a finite number from {BF16_SMALLEST:g} on, is {value:g}")
 
 
+def channel_weights(channel_weight: Tensor | None, weight_NK: Tensor) -> Tensor | None:
+    """The weights of squared errors as the search takes them: a group of zeros becomes one of ones."""
+    if channel_weight is None:
+        return None
+    K = weight_NK.shape[1]
+    if channel_weight.dtype != torch.float32 or channel_weight.shape != (K,):
+        found = f"{channel_weight.dtype} {list(channel_weight.shape)}"
+        raise ValueError(f"channel_weight must be a float32 tensor of shape [{K}], is {found}")
+    if not bool((channel_weight.isfinite() & (channel_weight >= 0)).all()):
+        raise ValueError("channel_weight must be finite and not negative")
+    groups = channel_weight.to(weight_NK.device).view(-1, reference.GROUP)
+    dead = (groups == 0).all(1, keepdim=True)
+    return torch.where(dead, torch.ones_like(groups), groups).flatten()
+
+
 def nonfinite_error(
     weight_NK: Tensor, scale_inv_IJ: Tensor | None, block: tuple[int, int]
 ) -> CheckpointError:

@@ -49,6 +49,31 @@ def pack(
     return bool(finite)
 
 
+def pack_least_error(
+    weight_NK: Tensor,
+    scale_inv_IJ: Tensor | None,
+    weight_scale_2: Tensor,
+    block: tuple[int, int],
+    channel_weight_K: Tensor | None,
+    out_codes_NK2: Tensor,
+    out_scale_NG: Tensor,
+) -> bool:
+    """See `scale_search.pack`."""
+    weight_NK, scale_inv_IJ = _plain(weight_NK, scale_inv_IJ, block)
+    core = native.function("m27_search_bf16" if scale_inv_IJ is None else "m27_search_fp8")
+    arguments = (
+        *_source(weight_NK, scale_inv_IJ, block),
+        float(weight_scale_2),
+        None if channel_weight_K is None else channel_weight_K.data_ptr(),
+        out_codes_NK2.data_ptr(),
+        out_scale_NG.data_ptr(),
+    )
+    finite = min(_over_rows(functools.partial(core, *arguments), weight_NK, step=_step(scale_inv_IJ, block)))
+    if finite < 0:
+        raise MemoryError("no memory for the tables of the scale search")
+    return bool(finite)
+
+
 def row_errors(
     weight_NK: Tensor, scale_inv_IJ: Tensor | None, packed: Sequence[Tensor], block: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:

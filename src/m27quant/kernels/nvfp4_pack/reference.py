@@ -90,11 +90,16 @@ def pack(
             return False
         scale_RG = unclamped_scale(x_RG16, weight_scale_2)
         scale8_RG = scale_RG.clamp(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
-        y_RG16 = x_RG16 / (scale8_RG.float() * weight_scale_2)[..., None]
-        codes_RK = e2m1_codes(y_RG16).flatten(1)
-        out_codes_NK2[rows] = codes_RK[:, 0::2] | (codes_RK[:, 1::2] << 4)
+        out_codes_NK2[rows] = encode(x_RG16, scale8_RG, weight_scale_2)
         out_scale_NG[rows] = scale8_RG
     return True
+
+
+def encode(x_RG16: Tensor, scale8_RG: Tensor, weight_scale_2: Tensor) -> Tensor:
+    """Codes U8 [R, K/2] of F32 values under given block scales."""
+    y_RG16 = x_RG16 / (scale8_RG.float() * weight_scale_2)[..., None]
+    codes_RK = e2m1_codes(y_RG16).flatten(1)
+    return codes_RK[:, 0::2] | (codes_RK[:, 1::2] << 4)
 
 
 def unclamped_scale(x_RG16: Tensor, weight_scale_2: Tensor) -> Tensor:

@@ -1,0 +1,54 @@
+/* The block scale with the least squared error: what the search of one group and the tables of a block share.
+ *
+ * The specification, and the meaning of every name, is nvfp4_pack/scale_search.py; docs/quality.md has the proofs.
+ * Errors in F32 only say which scales cannot be the best; among those that are left the F64 error of the
+ * specification decides, so that no rounding of a bound can change the result.
+ */
+#ifndef M27QUANT_NVFP4_SEARCH_H
+#define M27QUANT_NVFP4_SEARCH_H
+
+#include "nvfp4_fp8.h"
+#include "vector.h"
+
+#define SCALES 126 /* positive finite E4M3 numbers, the codes 1 to 126 */
+
+/* One candidate, as the specification rounds it. */
+typedef struct {
+    float d;       /* weight_scale * weight_scale_2 */
+    float last[8]; /* an F32 number x has E2M1 code >= k if x > last[k], k = 1..7 */
+    float y[8];    /* the values of the codes */
+} Candidate;
+
+/* All candidates of one matrix.  F32 numbers are in units of 2^-exponent, where weight_scale_2 lies in [1, 2). */
+typedef struct {
+    Candidate of[SCALES + 1];              /* by E4M3 code; 0 is not used */
+    float step[SCALES + 16], inverse[SCALES + 16]; /* d and 1/d in those units, by E4M3 code */
+    float unit;                            /* 2^exponent, 0 where F32 cannot hold it: nothing is excluded then */
+    float ws2;
+} Scales;
+
+/* A group: magnitudes as they are, and weights of their squares or NULL. */
+typedef struct {
+    float x[GROUP];
+    const float *weight;       /* as given */
+    const float *small_weight; /* the same times a power of two, at most 1 */
+} Block16;
+
+void nvfp4_prepare_scales(Scales *s, float ws2);
+
+/* The error that the specification gives to a candidate. */
+M27_INLINE double exact_error(const Block16 *b, const Candidate *c) {
+    double v[GROUP];
+    for (int j = 0; j < GROUP; j++) {
+        int code = 0;
+        for (int k = 1; k < 8; k++) code += b->x[j] > c->last[k];
+        double r = (double)b->x[j] - (double)c->y[code];
+        v[j] = r * r;
+        if (b->weight) v[j] *= (double)b->weight[j];
+    }
+    for (int half = GROUP / 2; half; half /= 2)
+        for (int j = 0; j < half; j++) v[j] += v[j + half];
+    return v[0];
+}
+
+#endif
