@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from m27quant.checkpoint.overview import Overview, inspect_checkpoint
+    from m27quant.drafters.options import TrainOptions
+    from m27quant.drafters.train import TrainResult, train_drafter
     from m27quant.estimate import DryRun, dry_run
     from m27quant.llm import load
     from m27quant.prepare import Options
@@ -39,9 +41,12 @@ _LAZY = {
     "RunOptions": "m27quant.runtime.options",
     "SamplingParams": "m27quant.runtime.generation",
     "StreamEvent": "m27quant.runtime.api",
+    "TrainOptions": "m27quant.drafters.options",
+    "TrainResult": "m27quant.drafters.train",
     "VerifyResult": "m27quant.verify.findings",
     "inspect_checkpoint": "m27quant.checkpoint.overview",
     "quantize_checkpoint": "m27quant.quantize",
+    "train_drafter": "m27quant.drafters.train",
     "verify_checkpoint": "m27quant.verify.run",
 }
 
@@ -55,12 +60,15 @@ __all__ = [
     "RunOptions",
     "SamplingParams",
     "StreamEvent",
+    "TrainOptions",
+    "TrainResult",
     "VerifyResult",
     "__version__",
     "dry_run",
     "inspect_checkpoint",
     "load",
     "quantize_checkpoint",
+    "train_drafter",
     "verify_checkpoint",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from m27quant.cli import drafter_data
+from m27quant.cli import drafter_data, drafter_train
 
 drafter_app = typer.Typer(
     help="Train DFlash and EAGLE3 drafters, and measure them.",
@@ -12,4 +12,5 @@ drafter_app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+drafter_app.command("train")(drafter_train.train)
 drafter_app.command("generate-data")(drafter_data.generate_data)

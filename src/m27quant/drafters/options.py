@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from m27quant.errors import UsageError
@@ -86,7 +86,13 @@ class TrainOptions:
     resume: bool = False
     overwrite: bool = False
     force_unlock: bool = False
-    # The machine.
+    # The target and the machine.
+    activations: str = "auto"
+    """Of an NVFP4 target's experts; with `kv_cache_dtype`, as in `RunOptions`: it changes what is learned from."""
+    kv_cache_dtype: str = "auto"
+    revision: str | None = None
+    offline: bool = False
+    token: str | None = field(default=None, repr=False)
     device: str = "auto"
     cache_size: int | None = None
     """Bytes of the target's states kept on disk; 0 computes all of them anew."""
@@ -118,7 +124,7 @@ class TrainOptions:
 
     def given(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
-        default = {field.name: field.default for field in fields(self)}
+        default = {f.name: f.default for f in fields(self) if f.name != "token"}
         return {name: getattr(self, name) for name, value in default.items() if getattr(self, name) != value}
 
 

@@ -1,4 +1,4 @@
-"""Which samples a step learns from: a pure function of seed, epoch and step, however ranks and accumulation split it."""
+"""Which samples a step learns from: a pure function of seed, epoch and step, however it is split over ranks."""
 
 from __future__ import annotations
 

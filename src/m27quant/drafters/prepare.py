@@ -56,7 +56,7 @@ class Prepared:
             f"{', '.join(str(state - 1) for state in s.hidden_states)} counted from 0)",
             f"data: {len(self.samples):,} samples, {self.num_learned:,} tokens that the target wrote"
             + (f"; {len(self.heldout):,} samples held out" if self.heldout else ""),
-            f"training: {self.steps:,} steps ({self.order.steps_per_epoch:,} to an epoch) of {self.order.size} samples, "
+            f"training: {self.steps:,} steps of {self.order.size} samples ({self.order.steps_per_epoch:,} to an epoch), "
             f"{r.optimizer}, lr {r.lr:g}, {r.schedule}",
         ]
 
@@ -75,7 +75,8 @@ def prepare(
         UsageError: options that do not fit the target or each other; data without anything to learn.
         CheckpointError: target or data unreadable.
     """
-    location = locate(target)
+    hub = {"revision": options.revision, "offline": options.offline, "token": options.token}
+    location = locate(target, **hub)  # type: ignore[arg-type]  # as they are named there
     if location.repo_id is not None:
         say(location.describe())
     with open_checkpoint(location) as source:
@@ -105,7 +106,9 @@ def prepare(
     order = Order([len(sample) for sample in usable], size, recipe.seed)
     steps = recipe.steps or max(1, ceil((recipe.epochs or 0) * order.steps_per_epoch))
     fingerprint = recipe.document() | {
-        "target": fingerprint_of(target),
+        "target": fingerprint_of(target, **hub),  # type: ignore[arg-type]
+        "activations": options.activations,
+        "kv_cache_dtype": options.kv_cache_dtype,
         "data": digest(usable),
         "samples": len(usable),
         "ranks": num_ranks,

@@ -144,6 +144,14 @@ def _result(out: Path, found: dict[str, Any], started: float, *, was_complete: b
     return TrainResult(out=out, elapsed_s=elapsed, was_complete=was_complete, **known)
 
 
+def _run_options(options: TrainOptions, device: torch.device) -> RunOptions:
+    return RunOptions(
+        activations=options.activations,  # type: ignore[arg-type]  # RunOptions refuses others by name
+        kv_cache_dtype=options.kv_cache_dtype,  # type: ignore[arg-type]
+        device=str(device),
+    )
+
+
 class _Run:
     """One process's part of a training."""
 
@@ -165,8 +173,9 @@ class _Run:
         self._cache = folder.private / STATES
         size = DEFAULT_CACHE if options.cache_size is None else options.cache_size
         self.states = TargetStates.open(
-            plan.target, RunOptions(device=str(device)), cache_folder=self._cache if size else None,
-            cache_bytes=size, say=say if self.is_first else lambda line: None,
+            plan.target, _run_options(options, device), cache_folder=self._cache if size else None,
+            cache_bytes=size, revision=options.revision, offline=options.offline, token=options.token,
+            say=say if self.is_first else lambda line: None,
         )  # fmt: skip
         dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[recipe.dtype]
         shared = Shared(
