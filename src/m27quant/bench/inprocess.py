@@ -64,7 +64,7 @@ class InProcess:
                     self._llm.cancel(sequence)
         found = [answers[request.index] for request in requests]
         stats = total(a.stats for a in found if a.stats is not None)
-        return Reading(answers=found, seconds=seconds, acceptance=Acceptance.counted("runtime", stats))
+        return Reading(answers=found, seconds=seconds, acceptance=Acceptance("runtime", stats))
 
     def _prompt(self, request: Request) -> list[int]:
         if request.index not in self._prompts:

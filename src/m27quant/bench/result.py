@@ -66,16 +66,33 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """How drafts fared, and who says so."""
+    """How drafts fared, and who says so: counts of steps, or two sums, or only an average."""
 
     source: Source = "none"
     stats: AcceptanceStats | None = None
-    tau: float | None = None
+    sums: tuple[int, int] | None = None
+    """Verify steps and drafts accepted in them."""
+    average: float | None = None
+    """tau as a server states it."""
 
-    @classmethod
-    def counted(cls, source: Source, stats: AcceptanceStats) -> Acceptance:
-        """From counts of steps; without a step there is no tau."""
-        return cls(source, stats, stats.tau if stats.num_steps else None)
+    @property
+    def tau(self) -> float | None:
+        """Tokens of a step; None where no step was counted."""
+        if self.stats is not None:
+            return self.stats.tau if self.stats.num_steps else None
+        if self.sums is not None and self.sums[0]:
+            return 1 + self.sums[1] / self.sums[0]
+        return self.average
+
+    def __add__(self, other: Acceptance) -> Acceptance:
+        """Both together; an average is always of everything so far."""
+        if self.source != other.source:
+            return other if self.source == "none" else self
+        if self.stats is not None and other.stats is not None:
+            return Acceptance(self.source, self.stats + other.stats)
+        if self.sums is not None and other.sums is not None:
+            return Acceptance(self.source, None, (self.sums[0] + other.sums[0], self.sums[1] + other.sums[1]))
+        return other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +105,10 @@ class Reading:
     notices: tuple[str, ...] = ()
 
     def __add__(self, other: Reading) -> Reading:
-        a, b = self.acceptance, other.acceptance
-        acceptance = b
-        if a.stats is not None and b.stats is not None:
-            acceptance = Acceptance.counted(b.source, a.stats + b.stats)
         return Reading(
             answers=self.answers + other.answers,
             seconds=self.seconds + other.seconds,
-            acceptance=acceptance,
+            acceptance=self.acceptance + other.acceptance,
             notices=self.notices + other.notices,
         )
 

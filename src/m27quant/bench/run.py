@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from m27quant.bench.requests import BenchOptions, Request, make_requests
 from m27quant.bench.result import BenchResult, Cell, Reading
-from m27quant.bench.settings import describe, resized, run_flags
 from m27quant.bench.sweep import recommend
 from m27quant.bench.tasks import Loaded, load_task
+from m27quant.bench.variants import describe, resized, run_flags
 from m27quant.environment import describe_environment
 from m27quant.errors import EnvironmentFault, UsageError, escape
 from m27quant.progress import Progress, ProgressCallback, ignore
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from m27quant.runtime.options import RunOptions
     from m27quant.runtime.speculative.load import DrafterOptions
     from m27quant.runtime.speculative.proposal import Drafter
+
+
+MOST_TURNS = 16
 
 
 class Subject(Protocol):
@@ -223,10 +226,10 @@ def _measure(
             for name in order:
                 told.stage = f"{task.name}, {concurrency} at once, warm-up"
                 subjects[name].run(warm, concurrency, told)
-            for _ in range(rounds):
+            for part in _parts(requests, concurrency) * rounds:
                 for name in order:
                     told.stage = f"{task.name}, {concurrency} at once, {name or 'without drafter'}"
-                    reading = subjects[name].run(requests, concurrency, told)
+                    reading = subjects[name].run(part, concurrency, told)
                     readings[name] = readings[name] + reading if name in readings else reading
                 order.reverse()
             cells = [Cell.of(task.name, concurrency, name, readings[name]) for name in subjects]
@@ -234,6 +237,18 @@ def _measure(
             result.cells += cells
             result.notices += [n for r in readings.values() for n in r.notices if n not in result.notices]
             on_cell(result)
+
+
+def _parts(requests: Sequence[Request], concurrency: int) -> list[Sequence[Request]]:
+    """What is asked of one subject before it is another's turn.
+
+    One at a time requests do not meet, so that turns change often and a machine that slows down slows all alike.
+    Several at once are asked in one go: each end of a part would run with fewer in flight.
+    """
+    if concurrency > 1:
+        return [requests]
+    size = -(-len(requests) // MOST_TURNS)
+    return [requests[begin : begin + size] for begin in range(0, len(requests), size)]
 
 
 def _refuse_silence(cells: Sequence[Cell]) -> None:

@@ -101,16 +101,16 @@ class Server:
         good = [a for a in answers if a.error is None]
         per_answer = [a.stats for a in good if a.stats is not None]
         if good and len(per_answer) == len(good):
-            return Acceptance.counted(good[0].source, total(per_answer)), ()
+            return Acceptance(good[0].source, total(per_answer)), ()
         after = self._counters()
         if after is not None and after.num_drafts:
-            return Acceptance.counted("counters", after.since(before)), _others(answers, before, after)
+            return Acceptance("counters", after.since(before)), _others(answers, before, after)
         accepted = [a.accepted_tokens for a in good if a.accepted_tokens is not None]
         steps = sum(a.output_tokens - 1 for a in good) - sum(accepted)
         if good and len(accepted) == len(good) and steps > 0:
-            return Acceptance("sglang usage", None, 1 + sum(accepted) / steps), ()
+            return Acceptance("sglang usage", sums=(steps, sum(accepted))), ()
         average = self._average()
-        return (Acceptance("sglang average", None, average) if average else Acceptance()), ()
+        return (Acceptance("sglang average", average=average) if average else Acceptance()), ()
 
     def _average(self) -> float | None:
         for path in ("/get_server_info", "/server_info"):

@@ -1,4 +1,4 @@
-"""Settings of a drafter that a sweep tries: a block, a chain, a tree; and a loaded drafter put to one of them."""
+"""Settings of a drafter that a sweep tries: a block, a chain, a tree.  Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
-
-from m27quant.errors import UsageError
-from m27quant.runtime.speculative.dflash import DFlashDrafter
-from m27quant.runtime.speculative.eagle3 import Eagle3Drafter
-from m27quant.runtime.speculative.ngram import NgramDrafter
-from m27quant.runtime.speculative.proposal import Drafter
 
 MOST = 1024
 
@@ -25,12 +19,6 @@ class Setting:
     """block: rows, the anchor included; chain: drafts; tree: rows that are verified, the root included."""
     num_steps: int = 0
     topk: int = 0
-
-    @property
-    def name(self) -> str:
-        if self.kind == "tree":
-            return f"tree {self.num_steps}/{self.topk}/{self.size}"
-        return f"block {self.size}" if self.kind == "block" else f"{self.size} drafts"
 
 
 def parse_blocks(text: str) -> tuple[Setting, ...]:
@@ -56,6 +44,16 @@ def parse_trees(text: str) -> tuple[Setting, ...]:
     return _listed(text, tree, "3/4/8,5/4/16")
 
 
+def parse_counts(text: str) -> tuple[int, ...]:
+    """`1,32`: whole numbers of at least 1; raises `ValueError`."""
+    if not re.fullmatch(r"\d{1,6}(,\d{1,6})*", text.replace(" ", ""), re.ASCII):
+        raise ValueError(f"{text!r} are no whole numbers; write 1,32")
+    found = tuple(int(part) for part in text.split(","))
+    if min(found) < 1:
+        raise ValueError(f"{text!r}: each has to be at least 1")
+    return found
+
+
 def _listed(text: str, one: Callable[[str], Setting], example: str) -> tuple[Setting, ...]:
     try:
         found = tuple(one(part.strip()) for part in text.split(","))
@@ -70,60 +68,3 @@ def _number(text: str, least: int) -> int:
     if not re.fullmatch(r"\d{1,4}", text, re.ASCII) or not least <= int(text) <= MOST:
         raise ValueError(f"{text!r} is no number from {least} to {MOST}")
     return int(text)
-
-
-def resized(drafter: Drafter, setting: Setting) -> Drafter:
-    """Another drafter with the same weights, without history, at this setting.
-
-    Raises:
-        UsageError: a setting that this kind of drafter does not have, or beyond what it was made for.
-    """
-    chain = setting.kind == "chain"
-    if isinstance(drafter, DFlashDrafter) and (chain or setting.kind == "block"):
-        drafts = setting.size if chain else setting.size - 1
-        return DFlashDrafter(
-            drafter.settings,
-            drafter.weights,
-            drafter.taps,
-            num_draft_tokens=drafts,
-            nbytes=drafter.nbytes,
-        )
-    if isinstance(drafter, Eagle3Drafter) and setting.kind != "block":
-        return Eagle3Drafter(
-            drafter.settings,
-            drafter.weights,
-            drafter.taps,
-            num_steps=setting.size if chain else setting.num_steps,
-            topk=1 if chain else setting.topk,
-            num_draft_tokens=None if chain else setting.size,
-            nbytes=drafter.nbytes,
-        )
-    if isinstance(drafter, NgramDrafter) and chain:
-        return NgramDrafter(setting.size, max_ngram=drafter.max_ngram, min_ngram=drafter.min_ngram)
-    wanted = {"block": "--block-size is for DFlash", "tree": "--tree is for EAGLE3"}.get(
-        setting.kind, "--num-draft-tokens is for DFlash, EAGLE3 and ngram"
-    )
-    raise UsageError(
-        f"{wanted}, not for a {type(drafter).__name__}", hint="leave it out, or name another drafter"
-    )
-
-
-def describe(drafter: Drafter) -> str:
-    """A setting's name from the drafter that has it: the same for the same work."""
-    if isinstance(drafter, DFlashDrafter):
-        return f"block {drafter.num_draft_tokens + 1}"
-    if isinstance(drafter, Eagle3Drafter) and drafter.topk > 1:
-        return f"tree {drafter.num_steps}/{drafter.topk}/{drafter.num_draft_tokens + 1}"
-    if isinstance(drafter, Eagle3Drafter):
-        return f"chain {drafter.num_steps}"
-    return f"{drafter.num_draft_tokens} drafts"
-
-
-def run_flags(drafter: Drafter) -> str:
-    """What `m27quant run` is told for this setting."""
-    if isinstance(drafter, Eagle3Drafter) and drafter.topk > 1:
-        rows = drafter.num_draft_tokens + 1
-        return f"--num-steps {drafter.num_steps} --eagle-topk {drafter.topk} --num-draft-tokens {rows}"
-    if isinstance(drafter, Eagle3Drafter):
-        return f"--num-steps {drafter.num_steps} --eagle-topk 1"
-    return f"--num-draft-tokens {drafter.num_draft_tokens}"

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import m27quant
-from m27quant.cli import env, explain, inspect, quantize, report, run, serve, verify
+from m27quant.cli import bench, env, explain, inspect, quantize, report, run, serve, verify
 from m27quant.cli.drafter import drafter_app
 from m27quant.cli.output import Mode, Output
 from m27quant.cli.recipe import recipe_app
@@ -65,6 +65,7 @@ app.command("quantize")(quantize.quantize)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("serve")(serve.serve)
+app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
 app.command("explain")(explain.explain)
@@ -133,8 +134,9 @@ def _report(args: list[str], fault: M27Error, cause: Exception | None = None) ->
 def _asks_for_json(args: list[str]) -> bool:
     """`--json`, or an output format of that name, before a `--`; also where the arguments cannot be parsed."""
     before_dashes = args[: args.index("--")] if "--" in args else args
-    named = ("--output-format", "json") in pairwise(before_dashes)
-    return named or "--json" in before_dashes or "--output-format=json" in before_dashes
+    spelled = ("--output-format", "--format")
+    named = any((name, "json") in pairwise(before_dashes) for name in spelled)
+    return named or "--json" in before_dashes or any(f"{name}=json" in before_dashes for name in spelled)
 
 
 def _usage_error(error: typer.TyperException) -> M27Error:
