@@ -57,12 +57,14 @@ class Sight:
             start = stop
         return pieces
 
-    def hidden(self, piece: _Piece) -> Tensor:
-        """True where a shared key is not seen: [B, 1, n, 1, K or 1, t] of the piece's n groups and t keys."""
+    def added(self, piece: _Piece, dtype: torch.dtype) -> Tensor:
+        """-inf where a shared key is not seen, else 0: [B, 1, n, 1, K or 1, t]."""
         at = torch.arange(piece.begin, piece.end, device=self.end_BA.device)
         groups = slice(piece.start, piece.stop)
         hidden = (at < self.begin_BAK[:, groups, :, None]) | (at >= self.end_BA[:, groups, None, None])
-        return hidden[:, None, :, None]
+        return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, float("-inf"))[
+            :, None, :, None
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +110,9 @@ class _Attention(torch.autograd.Function):
             groups, keys = slice(piece.start, piece.stop), slice(piece.begin, piece.end)
             n, t = piece.stop - piece.start, piece.end - piece.begin
             scores = q.new_empty(B * J, n * M, t + S)
-            shared = scores[..., :t]
-            torch.bmm(q[:, groups].flatten(1, 2), k[:, keys].transpose(1, 2), out=shared)
-            shared.view(B, J, n, G, K, t).masked_fill_(sight.hidden(piece), float("-inf"))
+            products = torch.bmm(q[:, groups].flatten(1, 2), k[:, keys].transpose(1, 2))
+            split = (B, J, n, G, K, t)
+            torch.add(products.view(split), sight.added(piece, q.dtype), out=scores[..., :t].view(split))
             scores[..., t:] = own_scores[:, groups].flatten(1, 2)
             p = torch.softmax(scores, -1)
             out[:, groups] = torch.bmm(p[..., :t], v[:, keys]).view(B * J, n, M, C)

@@ -95,16 +95,18 @@ def dflash_loss(
     """
     anchors_BA, valid_BA = anchors
     (B, T), K1 = batch.ids_BT.shape, len(slot_weights_K1)
-    hidden_BAKD = block_hidden(params, spec, batch, anchors_BA, shared, K1 + 1)
     at = anchors_BA[..., None] + torch.arange(1, K1 + 1, device=anchors_BA.device)
     inside, at = at < T, at.clamp(max=T - 1)
     row = torch.arange(B, device=at.device)[:, None, None]
     counted = (inside & batch.learned_BT()[row, at]).cumprod(-1).bool() & valid_BA[..., None]
-    weights = slot_weights_K1.to(at.device, wide(hidden_BAKD)).expand(counted.shape)[counted]
+    hidden_RD = block_hidden(
+        params, spec, batch, anchors_BA, shared, K1 + 1, wanted_BAK=F.pad(counted, (1, 0))
+    )
+    weights = slot_weights_K1.to(at.device, wide(hidden_RD)).expand(counted.shape)[counted]
     weight = weights.sum()
     final_RD = batch.final_BTD[row, at - 1][counted].to(shared.head_VD.dtype) if soft > 0 else None
     total, losses, hits = head_loss(
-        hidden_BAKD[:, :, 1:][counted],
+        hidden_RD,
         shared.head_VD,
         batch.ids_BT[row, at][counted],
         weights / weight.clamp(min=1e-30),
@@ -118,45 +120,66 @@ def dflash_loss(
 
 
 def block_hidden(
-    p: Parameters, spec: DFlashSpec, batch: Batch, anchors_BA: Tensor, shared: Shared, block: int
+    p: Parameters,
+    spec: DFlashSpec,
+    batch: Batch,
+    anchors_BA: Tensor,
+    shared: Shared,
+    block: int,
+    *,
+    wanted_BAK: Tensor | None = None,
 ) -> Tensor:
-    """Hidden states after the final norm, [B, A, K, D], of blocks of `block` slots that start at the anchors.
+    """Hidden states after the final norm of blocks of `block` slots that start at the anchors.
 
     Anchors should ascend; positions from the last one on are not read.
+
+    Returns:
+        [B, A, K, D], or of the wanted slots [number, D].
     """
     (B, A), K, eps, dtype = anchors_BA.shape, block, spec.rms_norm_eps, p["fc.weight"].dtype
-    t = int(anchors_BA.max())
+    t, last = int(anchors_BA.max()), spec.num_hidden_layers - 1
     taps = batch.taps_BTF[:, :t].flatten(0, 1).to(dtype)
     context = rms_norm(F.linear(taps, p["fc.weight"]), p["hidden_norm.weight"], eps)
     slots = torch.arange(K, device=anchors_BA.device)
     at_context = rotary(spec.rope, torch.arange(t, device=slots.device), dtype)
     at_slots = rotary(spec.rope, anchors_BA[..., None] + slots, dtype)
-    ids = torch.full((B, A, K), spec.mask_token_id, device=slots.device)
-    ids[..., 0] = batch.ids_BT.gather(1, anchors_BA)
-    x = F.embedding(ids.flatten(), shared.embed_VD)
+    first_ids = batch.ids_BT.gather(1, anchors_BA).flatten()
+    x = F.embedding(F.pad(first_ids, (0, 1), value=spec.mask_token_id), shared.embed_VD)
     x = x.to(wide(x))
     sights = {rule: _sight(rule, anchors_BA, slots) for rule in spec.attention or (FULL,)}
     for n in range(spec.num_hidden_layers):
         layer, rule = f"layers.{n}.", spec.attention[n] if spec.attention else FULL
         w = {name: p[f"{layer}self_attn.{name}.weight"] for name in ATTENTION}
         h = rms_norm(x, p[f"{layer}input_layernorm.weight"], eps)
-        q = _heads(F.linear(h, w["q_proj"]), (B, A, K), w["q_norm"], at_slots, spec) * spec.head_dim**-0.5
-        own_k = _heads(F.linear(h, w["k_proj"]), (B, A, K), w["k_norm"], at_slots, spec)
+        q, own_k, own_v = (F.linear(h, w[name]) for name in ("q_proj", "k_proj", "v_proj"))
+        if n == 0:  # all masks are one row up to here
+            x, q, own_k, own_v = (_spread(rows, K) for rows in (x, q, own_k, own_v))
+        q = _heads(q, (B, A, K), w["q_norm"], at_slots, spec) * spec.head_dim**-0.5
+        own_k = _heads(own_k, (B, A, K), w["k_norm"], at_slots, spec)
         k = _heads(F.linear(context, w["k_proj"]), (B, t), w["k_norm"], at_context, spec)
+        q_BAKJGC = q.view(B, A, K, spec.num_key_value_heads, -1, spec.head_dim)
         out = attend(
-            q.view(B, A, K, spec.num_key_value_heads, -1, spec.head_dim)
-            .permute(0, 3, 1, 4, 2, 5)
-            .contiguous(),
+            q_BAKJGC.permute(0, 3, 1, 4, 2, 5).contiguous(),
             k.transpose(1, 2).contiguous(),
             F.linear(context, w["v_proj"]).view(k.shape).transpose(1, 2).contiguous(),
             own_k.permute(0, 3, 1, 2, 4).contiguous(),
-            F.linear(h, w["v_proj"]).view(own_k.shape).permute(0, 3, 1, 2, 4).contiguous(),
+            own_v.view(own_k.shape).permute(0, 3, 1, 2, 4).contiguous(),
             sights[rule],
         )
-        x = x + F.linear(out.permute(0, 2, 4, 1, 3, 5).reshape(B * A * K, -1), w["o_proj"]).to(x.dtype)
-        h = rms_norm(x, p[f"{layer}post_attention_layernorm.weight"], eps)
-        x = x + mlp(p, layer, h).to(x.dtype)
-    return rms_norm(x, p["norm.weight"], eps).view(B, A, K, -1)
+        out = out.permute(0, 2, 4, 1, 3, 5).reshape(B * A * K, -1)
+        if n == last and wanted_BAK is not None:  # nothing looks at the others any more
+            wanted = wanted_BAK.flatten().nonzero()[:, 0]
+            x, out = x[wanted], out[wanted]
+        x = x + F.linear(out, w["o_proj"]).to(x.dtype)
+        x = x + mlp(p, layer, rms_norm(x, p[f"{layer}post_attention_layernorm.weight"], eps)).to(x.dtype)
+    x = rms_norm(x, p["norm.weight"], eps)
+    return x if wanted_BAK is not None else x.view(B, A, K, -1)
+
+
+def _spread(rows: Tensor, block: int) -> Tensor:
+    """One row for each anchor, then the mask's -> a row for each slot of each block."""
+    anchors, mask = rows[:-1, None], rows[-1].expand(len(rows) - 1, block - 1, -1)
+    return torch.cat((anchors, mask), 1).flatten(0, 1)
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")

@@ -18,7 +18,7 @@ from m27quant.drafters.layers import wide
 
 Teacher = Callable[[slice], Tensor]
 """The target's logits [n, V] for some of the rows."""
-LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**27}
+LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
 """Logits of one piece: as many as a core's cache takes in F32, or as keeps the memory of a GPU small."""
 
 
