@@ -193,17 +193,19 @@ def digest(documents: list[Document]) -> str:
 
 
 def build(out: Path) -> dict[str, Any]:
-    """Write tokenizer.json, train.bin, heldout.bin (U16 ids), heldout.txt and corpus.json into `out`."""
+    """Write tokenizer.json, train.bin, heldout.bin (U16 ids), their texts and corpus.json into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     train, heldout = split_heldout(library_documents())
     render = chat_renderer()
     chat_documents = [Document(name, render(**row)) for name, row in chats(train)]
     tokenizer = train_tokenizer(train)
     tokenizer.save(str(out / "tokenizer.json"))
-    ids = {"train": encode(tokenizer, train + chat_documents), "heldout": encode(tokenizer, heldout)}
-    for split, tokens in ids.items():
-        tokens.tofile(out / f"{split}.bin")
-    (out / "heldout.txt").write_text("".join(framed(document) for document in heldout), encoding="utf-8")
+    texts = {"train": train + chat_documents, "heldout": heldout}
+    ids = {split: encode(tokenizer, documents) for split, documents in texts.items()}
+    for split, documents in texts.items():
+        ids[split].tofile(out / f"{split}.bin")
+        text = "".join(framed(document) for document in documents)
+        (out / f"{split}.txt").write_text(text, encoding="utf-8")
     facts = {
         "python": platform.python_version(),
         "train_files": len(train),
