@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import uvicorn
 
     from m27quant.runtime.api import LLM
-    from m27quant.serve.app import Service
 
 log = logging.getLogger("m27quant.serve")
 SWITCH_S = 0.0005
@@ -58,10 +57,6 @@ def serve(
     """
     server = server or ServerOptions()
     _require()
-    from m27quant.serve.app import Service, make_app
-    from m27quant.serve.metrics import Metrics
-    from m27quant.serve.worker import Worker
-
     with contextlib.closing(_bind(server)) as listener:
         if not server.is_loopback and server.api_key is None:
             say(f"anybody who reaches {escape(server.host)} can use this server: set an API key")
@@ -72,8 +67,9 @@ def serve(
 
             llm = load(source, options, drafter=drafter, say=say, **load_arguments)
         _warm(llm)
-        service = Service(llm, Worker(llm, Metrics()), server, server.served_model_name or _name(source, llm))
-        return _Run(service, make_app(service), listener, say).run()
+        model = server.served_model_name or _name(source)
+        Server(llm, server, model, listener=listener, say=say).run()
+    return 0
 
 
 def _require() -> None:
@@ -102,15 +98,11 @@ def _bind(options: ServerOptions) -> socket.socket:
     return listener
 
 
-def _name(source: object, llm: LLM) -> str:
-    folder = Path(str(source)) if isinstance(source, str | Path) else None
-    return (
-        folder.resolve().name
-        if folder is not None and folder.is_dir()
-        else str(source)
-        if folder
-        else "m27quant"
-    )
+def _name(source: object) -> str:
+    """A folder's name, a Hub id as it is."""
+    if not isinstance(source, str | Path):
+        return "m27quant"
+    return Path(source).resolve().name if Path(source).is_dir() else str(source)
 
 
 def _warm(llm: LLM) -> None:
@@ -126,65 +118,102 @@ def _warm(llm: LLM) -> None:
             chat_prompt(llm.tokenizer, [{"role": "user", "content": "Hello"}])
 
 
-class _Run:
-    """A server from its first request to its last."""
+class Server:
+    """A loaded model at an address, from its first request to its last."""
 
     def __init__(
-        self, service: Service, app: Any, listener: socket.socket, say: Callable[[str], None]
+        self,
+        llm: LLM,
+        options: ServerOptions,
+        model: str,
+        *,
+        listener: socket.socket | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self._service, self._listener, self._say = service, listener, say
-        self._server = _uvicorn(app)
-        self._signals = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
+        """Put the parts together; `run` begins.
 
-    def run(self) -> int:
+        Args:
+            llm: used by the server's engine thread alone from then on.
+            options: how to serve it.
+            model: its name in requests.
+            listener: a bound socket; None: as the options say.
+            say: as in `serve`.
+
+        Raises:
+            EnvironmentFault: the address cannot be bound.
+        """
+        from m27quant.serve.app import Service, make_app
+        from m27quant.serve.metrics import Metrics
+        from m27quant.serve.worker import Worker
+
+        self.service = Service(llm, Worker(llm, Metrics()), options, model)
+        self._listener, self._say = listener or _bind(options), say
+        self._uvicorn = _uvicorn(make_app(self.service))
+        self._num_signals = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """The URL to begin paths with; its port is known before `run`."""
+        host, port = self._listener.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def run(self) -> None:
+        """Serve until `stop` or a signal; signals come to the main thread only."""
         before, switch = {}, sys.getswitchinterval()
         if threading.current_thread() is threading.main_thread():
             before = {s: signal.signal(s, self._signalled) for s in (signal.SIGINT, signal.SIGTERM)}
         sys.setswitchinterval(SWITCH_S)
         try:
-            with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
+            with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
                 runner.run(self._main())
         finally:
             sys.setswitchinterval(switch)
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-        return 0
+
+    def stop(self) -> None:
+        """From any thread: refuse what is new, finish what was begun, then end."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_draining)
 
     async def _main(self) -> None:
         self._loop = asyncio.get_running_loop()
-        worker = self._service.worker
+        worker = self.service.worker
         worker.start(self._loop)
-        watching = asyncio.create_task(self._announce())
+        announcing = asyncio.create_task(self._announce())
         try:
-            await self._server._serve([self._listener])
+            await self._uvicorn._serve([self._listener])  # `serve` would take the signals
         finally:
-            watching.cancel()
+            announcing.cancel()
             worker.stop()
 
     async def _announce(self) -> None:
-        while not self._server.started:
+        while not self._uvicorn.started:
             await asyncio.sleep(0.01)
-        host, port = self._listener.getsockname()[:2]
-        self._say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        self._say(f"listening on {self.address}")
 
     def _signalled(self, signum: int, frame: FrameType | None) -> None:
-        self._signals += 1
-        if self._signals > 1:
+        self._num_signals += 1
+        if self._num_signals > 1:
             os._exit(128 + signum)
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(lambda: asyncio.ensure_future(self._drain()))
+        self.stop()
+
+    def _begin_draining(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         """Refuse what is new, wait for what runs, then let uvicorn end."""
-        service = self._service
+        service = self.service
         service.is_draining = True
         self._say(f"finishing {service.worker.num_live} answers; once more to stop at once")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(service.options.drain_timeout_s):
                 while service.worker.num_live or service.num_requests:
                     await asyncio.sleep(0.05)
-        self._server.should_exit = True
+        self._uvicorn.should_exit = True
 
 
 def _uvicorn(app: Any) -> uvicorn.Server:
