@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from m27quant.errors import CheckpointError, EnvironmentFault, UsageError, escap
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "README.md"]
 WANTED = ["*.safetensors", *SMALL]
+TRANSPORTS = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +80,10 @@ def _snapshot(
     repo_id: str, revision: str | None, *, offline: bool, token: str | None, weights: bool
 ) -> Location:
     import huggingface_hub
-    from huggingface_hub import constants, errors
+    from huggingface_hub import constants
 
     offline = offline or constants.HF_HUB_OFFLINE
-    fetch = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
-    try:
+    with hub_faults(repo_id, revision, offline=offline):
         if not offline:  # pin the commit once, so that every file comes from it
             revision = huggingface_hub.HfApi(token=token).model_info(repo_id, revision=revision).sha
         folder = huggingface_hub.snapshot_download(
@@ -91,6 +93,22 @@ def _snapshot(
             local_files_only=offline,
             allow_patterns=WANTED if weights else SMALL,
         )
+    return Location(Path(folder), repo_id, revision if _is_commit(revision) else Path(folder).name)
+
+
+@contextmanager
+def hub_faults(repo_id: str, revision: str | None, *, offline: bool = False) -> Iterator[None]:
+    """Turn what the Hub's client raises into faults of ours, with what to do next.
+
+    Raises:
+        CheckpointError: no Hub id at all.
+        EnvironmentFault: all else: the Hub refuses or cannot be reached, a full disk, a cache that lacks files.
+    """
+    from huggingface_hub import constants, errors
+
+    fetch = f"hf download {repo_id}" + (f" --revision {escape(revision)}" if revision else "")
+    try:
+        yield
     except errors.GatedRepoError:
         raise EnvironmentFault(
             f"{repo_id}: gated; access has to be granted first",
@@ -123,12 +141,11 @@ def _snapshot(
         ) from None
     except Exception as fault:
         # The Hub client's transport raises its own tree (httpx); all of it means the network failed.
-        if type(fault).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
+        if type(fault).__module__.split(".")[0] in TRANSPORTS:
             raise EnvironmentFault(
                 f"{repo_id}: the Hub cannot be reached ({escape(fault)})", hint=f"fetch it later: {fetch}"
             ) from None
         raise
-    return Location(Path(folder), repo_id, revision if _is_commit(revision) else Path(folder).name)
 
 
 def _is_commit(revision: str | None) -> bool:

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import m27quant
-from m27quant.cli import bench, env, explain, inspect, quantize, report, run, serve, verify
+from m27quant.cli import bench, env, explain, inspect, pull, push, quantize, report, run, serve, verify
 from m27quant.cli.drafter import drafter_app
 from m27quant.cli.output import Mode, Output
 from m27quant.cli.recipe import recipe_app
@@ -65,6 +65,8 @@ app.command("quantize")(quantize.quantize)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("serve")(serve.serve)
+app.command("push")(push.push)
+app.command("pull")(pull.pull)
 app.command("bench")(bench.bench)
 app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)

@@ -22,8 +22,9 @@ from m27quant.verify.collect import Findings
 from m27quant.verify.configs import read_configs
 from m27quant.verify.engines import Engine
 from m27quant.verify.engines_data import ATTENTION, BACKENDS, GPUS, PADDING_BACKEND, Backend, Gpu
-from m27quant.verify.findings import Finding, Severity, VerifyResult
+from m27quant.verify.findings import Finding, VerifyResult
 from m27quant.verify.locate import find_checkpoint
+from m27quant.verify.refuse import refuse_errors
 from m27quant.verify.run import Level, verify_checkpoint
 from m27quant.verify.serving import Serving, cache_is_fp8, memory, pick, slices_of, tensor_parallel_sizes
 from m27quant.verify.view import View
@@ -31,7 +32,7 @@ from m27quant.verify.view import View
 KEY_VARIABLE = "M27QUANT_API_KEY"
 AVOIDED = {"M27-V006", "M27-V008", "M27-V010", "M27-V011", "M27-R021", "M27-R028"}
 """Known faults that the flags avoid; of R021 a note says what is left."""
-SHOWN = 5
+UNFIT = "not fit to be served"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,12 +166,12 @@ def plan_launch(
     read_configs(view, Findings())
     drafter = _drafter(options, say)
     if view.config is None:  # verify says why
-        _refuse(_verify(location, options, Serving(gpu=gpu.name), drafter), set())
+        refuse_errors(_verify(location, options, Serving(gpu=gpu.name), drafter), UNFIT)
         raise CheckpointError(f"{escape(location.folder)}: config.json is not usable")
     setup, solved = _decide(view, view.config, engine, gpu, there, options, drafter)
     serving = Serving(gpu=gpu.name, tp=setup.tp, ep=setup.ep, context=options.max_model_len)
     result = _verify(location, options, serving, drafter)
-    _refuse(result, solved)
+    refuse_errors(result, UNFIT, solved=solved)
     if not setup.fit.fits:
         raise FindingsError(
             f"M27-V004: {setup.fit.describe()} on each of {max(setup.tp, setup.ep or 1)} {gpu.name}, "
@@ -243,19 +244,6 @@ def _verify(
         serving=serving,
         drafter=None if drafter is None else drafter.location.folder,
     )
-
-
-def _refuse(result: VerifyResult, solved: set[str]) -> None:
-    """Stop at errors, by name."""
-    errors = [f for f in result.findings if f.severity is Severity.ERROR and f.check.code not in solved]
-    if errors:
-        shown = "; ".join(f"{f.check.code} {f.message}" for f in errors[:SHOWN])
-        more = f"; and {len(errors) - SHOWN} more" if len(errors) > SHOWN else ""
-        raise FindingsError(
-            f"{escape(result.checkpoint)}: not fit to be served: {shown}{more}",
-            hint=f"`m27quant verify {escape(result.checkpoint)}` tells all of them, "
-            f"`m27quant explain {errors[0].check.code}` what to do",
-        )
 
 
 # -- decisions -------------------------------------------------------------------------------------
