@@ -121,7 +121,7 @@ def train(
 
     with graceful(output, resume_command()) as stop, show(output, enabled=not no_progress) as progress:
         result = train_drafter(
-            kind, target, data, out, chosen, command=command_line({str(out): "OUT"}), progress=progress, stop=stop,
+            kind, target, data, out, chosen, command=command_line({}), progress=progress, stop=stop,
             say=say,
         )  # fmt: skip
     output.result(_document(result), human=_summary(result), quiet=result.out)

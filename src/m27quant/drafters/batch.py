@@ -90,7 +90,9 @@ class LossReport:
 class Drafting(Protocol):
     """What a trainer asks of a kind of drafter."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The kind."""
 
     def init(self, generator: torch.Generator) -> Parameters:
         """F32 masters."""
@@ -99,6 +101,9 @@ class Drafting(Protocol):
         self, params: Parameters, batch: Batch, generators: Sequence[torch.Generator], step: int
     ) -> LossReport:
         """Of one batch; one CPU generator for each of its sequences."""
+
+    def accepted(self, params: Parameters, batch: Batch) -> Tensor:
+        """int64 [B, T]: how many drafts behind each position are the text that follows; -1 where it ends before."""
 
     def tables(self) -> dict[str, Tensor]:
         """What the drafter's file holds beside its parameters."""

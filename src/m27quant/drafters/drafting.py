@@ -103,7 +103,7 @@ class DFlashTraining:
             return result
         first = max(1, int(learned.min()))
         slots = torch.arange(1, K, device=batch.ids_BT.device)
-        for part in torch.arange(first, T - K + 1, device=slots.device).split(ANCHORS_AT_ONCE):
+        for part in torch.split(torch.arange(first, T - K + 1, device=slots.device), ANCHORS_AT_ONCE):
             anchors = part.expand(B, -1)
             hidden = block_hidden(params, self.spec, batch, anchors, self.shared, K)[:, :, 1:]
             drafts = F.linear(hidden, self.shared.head_VD).argmax(-1)

@@ -109,4 +109,5 @@ class DrafterOptimizer:
 def global_norm(grads: Mapping[str, Tensor]) -> Tensor:
     """Euclidean norm of all gradients together, F32 []."""
     norms = torch._foreach_norm(list(grads.values()))
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm

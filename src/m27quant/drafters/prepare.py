@@ -32,6 +32,8 @@ class Prepared:
     recipe: Recipe
     target: str
     target_folder: Path
+    repo_id: str | None
+    """Of a target from the Hub."""
     config: M2Config
     samples: list[Sample]
     heldout: list[Sample]
@@ -56,7 +58,7 @@ class Prepared:
             f"{', '.join(str(state - 1) for state in s.hidden_states)} counted from 0)",
             f"data: {len(self.samples):,} samples, {self.num_learned:,} tokens that the target wrote"
             + (f"; {len(self.heldout):,} samples held out" if self.heldout else ""),
-            f"training: {self.steps:,} steps of {self.order.size} samples ({self.order.steps_per_epoch:,} to an epoch), "
+            f"training: {self.steps:,} steps of {self.order.size} samples ({self.order.steps_per_epoch:,} an epoch), "
             f"{r.optimizer}, lr {r.lr:g}, {r.schedule}",
         ]
 
@@ -117,8 +119,9 @@ def prepare(
         "m27quant": m27quant.__version__,
     }
     return Prepared(
-        recipe=recipe, target=target, target_folder=location.folder, config=config, samples=usable,
-        heldout=heldout, order=order, steps=steps, fingerprint=fingerprint, manifests=_manifests(data),
+        recipe=recipe, target=target, target_folder=location.folder, repo_id=location.repo_id, config=config,
+        samples=usable, heldout=heldout, order=order, steps=steps, fingerprint=fingerprint,
+        manifests=_manifests(data),
     )  # fmt: skip
 
 

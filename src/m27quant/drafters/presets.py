@@ -253,9 +253,9 @@ def _taps(kind: Kind, taps: tuple[int, ...] | None, layers: int) -> tuple[int, .
 
 
 def _block_sizes(chosen: dict[str, Any], shape: Shape) -> tuple[int, ...]:
-    sizes: tuple[int, ...] = chosen.get("train_block_sizes") or (
-        (shape.block_size,) if shape.block_size else ()
-    )
+    """Sizes that steps alternate between, the largest first: it is what held-out data are measured with."""
+    given = chosen.get("train_block_sizes") or ((shape.block_size,) if shape.block_size else ())
+    sizes = tuple(sorted(set(given), reverse=True))
     for size in sizes:
         if not 2 <= size <= shape.block_size:
             raise UsageError(

@@ -16,8 +16,8 @@ def warmup_steps(warmup: float, steps: int) -> int:
 def lr_scale(step: int, steps: int, warmup: float, schedule: str) -> float:
     """The factor of the learning rate at `step`, counted from 0.
 
-    Linear up to 1 over the warm-up, then cosine: half a cosine to 0; linear: a line to 0; constant: 1; wsd: 1 for the first `STABLE` of all steps, then
-    a line to 0 (warm-up, stable, decay).
+    Linear up to 1 over the warm-up, then cosine: half a cosine to 0; linear: a line to 0; constant: 1; wsd: 1 for the
+    first `STABLE` of all steps, then a line to 0 (warm-up, stable, decay).
     """
     rising = warmup_steps(warmup, steps)
     if step < rising:
