@@ -182,7 +182,6 @@ def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _hub_rows(task: Task, offline: bool, token: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import datasets
     import huggingface_hub.constants
 
     where = f"task {task.name}: {task.hub_id} ({task.split})"
@@ -192,6 +191,8 @@ def _hub_rows(task: Task, offline: bool, token: str | None) -> Iterator[tuple[st
     )
     if offline or huggingface_hub.constants.HF_HUB_OFFLINE:
         raise EnvironmentFault(f"{where} is on the Hub, and offline mode is on", hint=hint)
+    import datasets
+
     try:
         rows = datasets.load_dataset(task.hub_id, task.config, split=task.split, token=token)
         for number, row in enumerate(rows, start=1):
