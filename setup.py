@@ -23,6 +23,7 @@ SOURCES = (
     "nvfp4_pack",
     "nvfp4_rows",
     "nvfp4_search",
+    "nvfp4_search_fp8",
     "nvfp4_stats",
     "router",
 )

@@ -143,7 +143,9 @@ def _time_expert(prepared: Prepared) -> tuple[float, dict[str, Stored]]:
             started = time.perf_counter()
             with open_shards(Path(folder), f"expert-{expert}", [plan_shard(specs)], []) as shards:
                 stored = read_expert(source, 0, expert, prepared.device)
-                packed, _ = pack_expert(source, 0, expert, stored, PackStats(), buffers)
+                packed, _ = pack_expert(
+                    source, 0, expert, stored, PackStats(), buffers, prepared.plan.resolved.algorithm
+                )
                 write_expert(shards, packed)
                 for projection in names.EXPERT_PROJECTIONS:
                     shards.write(f"{names.expert(0, expert, projection)}.input_scale", torch.tensor(1.0))

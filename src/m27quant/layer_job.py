@@ -148,6 +148,7 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
                 stats,
                 job.stop,
                 ranks.owns,
+                job.plan.resolved.algorithm,
             )
             run_experts(
                 experts,
@@ -271,11 +272,12 @@ def _record(job: Job, ranges: LayerRanges, stats: PackStats) -> dict[str, Any]:
     found = job.ranks.gather("figures", [asdict(ranges), asdict(stats)], job.stop)
     ranges = merged([LayerRanges(**r) for r, _ in found])
     stats = merged_stats([PackStats(**s) for _, s in found], job.source.config.num_local_experts)
+    packing = {key: value for key, value in asdict(stats).items() if key != "max_sqnr_db" or value}
     return {
         "routed_tokens": ranges.routed_tokens,
         "seen_tokens": ranges.seen_tokens,
         "non_finite_activations": ranges.non_finite_values,
-        **asdict(stats),
+        **packing,
     }
 
 

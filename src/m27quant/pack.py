@@ -35,6 +35,8 @@ class PackStats:
     weight_scale_2: dict[str, list[float]] = field(
         default_factory=lambda: {p: [] for p in names.EXPERT_PROJECTIONS}
     )
+    max_sqnr_db: dict[str, list[float | None]] = field(default_factory=dict)
+    """What `sqnr_db` would be under block scales from maxima; empty where it is that."""
     zero_groups: int = 0
     saturated_groups: int = 0
     tiny_groups: int = 0
@@ -48,6 +50,8 @@ def merged_stats(parts: Sequence[PackStats], num_experts: int) -> PackStats:
 
     def dealt(field: str) -> dict[str, list[float]]:
         by_rank = [getattr(part, field) for part in parts]
+        if not by_rank[0]:
+            return {}
         return {p: [by_rank[e % size][p][e // size] for e in range(num_experts)] for p in projections}
 
     dead = {module for part in parts for module in part.dead}
@@ -55,6 +59,7 @@ def merged_stats(parts: Sequence[PackStats], num_experts: int) -> PackStats:
     return PackStats(
         sqnr_db=dict(dealt("sqnr_db")),
         weight_scale_2=dealt("weight_scale_2"),
+        max_sqnr_db=dict(dealt("max_sqnr_db")),
         zero_groups=sum(part.zero_groups for part in parts),
         saturated_groups=sum(part.saturated_groups for part in parts),
         tiny_groups=sum(part.tiny_groups for part in parts),
@@ -76,6 +81,7 @@ def stream_experts(
     stats: PackStats,
     should_stop: Callable[[], None],
     is_mine: Callable[[int], bool] = lambda expert: True,
+    scales: nvfp4_pack.Scales = "max",
 ) -> Iterator[Sequence[ExpertWeights]]:
     """Pack and write every expert that is this rank's; yields the BF16 weights of all, `group` experts at a time.
 
@@ -97,7 +103,9 @@ def stream_experts(
             if expert + 1 < num_experts:
                 ahead = files.submit(read_expert, source, layer, expert + 1, device)
             if is_mine(expert):
-                packed, weights = pack_expert(source, layer, expert, stored, stats, buffers[len(batch)])
+                packed, weights = pack_expert(
+                    source, layer, expert, stored, stats, buffers[len(batch)], scales
+                )
                 if behind is not None:
                     behind.result()
                 behind = files.submit(write_expert, shards, packed)
@@ -125,6 +133,7 @@ def pack_expert(
     stored: dict[str, Stored],
     stats: PackStats,
     buffers: dict[str, torch.Tensor],
+    scales: nvfp4_pack.Scales = "max",
 ) -> tuple[Packed, ExpertWeights]:
     """One expert in NVFP4, w1 and w3 with one `weight_scale_2`, and in BF16: in `buffers`, or as it is stored."""
     block = source.config.weight_block_size or fp8_dequant.BLOCK
@@ -137,11 +146,13 @@ def pack_expert(
     for projection, (weight, scale) in stored.items():
         module = names.expert(layer, expert, projection)
         with Naming(module):
-            result[module] = nvfp4_pack.pack(weight, scale, amax=amax[projection], block=block)
+            result[module] = nvfp4_pack.pack(weight, scale, amax=amax[projection], block=block, scales=scales)
     plain = plain_expert(source, expert, stored, buffers)
     for projection in stored:
         module = names.expert(layer, expert, projection)
         _note(stats, module, projection, getattr(plain, projection), result[module])
+        if scales != "max":
+            _note_max(stats, projection, getattr(plain, projection), amax[projection])
     return result, plain
 
 
@@ -174,14 +185,24 @@ def _note(
     """Compare the BF16 `weight` with what became of it."""
     error = nvfp4_pack.squared_error(weight, None, packed)
     counts = nvfp4_pack.count_groups(weight, None, packed.weight_scale_2)
-    value = error.sqnr_db if error.signal else None
-    stats.sqnr_db[projection].append(None if value is None or math.isinf(value) else round(value, 3))
+    stats.sqnr_db[projection].append(_decibels(error))
     stats.weight_scale_2[projection].append(float(packed.weight_scale_2))
     stats.zero_groups += counts.zero
     stats.saturated_groups += counts.saturated
     stats.tiny_groups += counts.tiny
     if not error.signal:
         stats.dead.append(module)
+
+
+def _note_max(stats: PackStats, projection: str, weight: torch.Tensor, amax: torch.Tensor) -> None:
+    """What block scales from maxima would have given, beside what was gained over them."""
+    error = nvfp4_pack.squared_error(weight, None, nvfp4_pack.pack(weight, amax=amax))
+    stats.max_sqnr_db.setdefault(projection, []).append(_decibels(error))
+
+
+def _decibels(error: nvfp4_pack.SquaredError) -> float | None:
+    value = error.sqnr_db if error.signal else None
+    return None if value is None or math.isinf(value) else round(value, 3)
 
 
 class Naming:

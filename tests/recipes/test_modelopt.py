@@ -37,10 +37,11 @@ SUPPORTED = {
     "nvfp4_mlp_only-kv_fp8": "fp8",
     "nvfp4_mlp_only-kv_fp8_cast": "fp8_cast",
     "nvfp4_mlp_only-novit-kv_fp8": "fp8",
+    "nvfp4_experts_only_mse-kv_fp8_cast": "fp8_cast",
+    "nvfp4_mlp_only_mse-kv_fp8_cast": "fp8_cast",
 }
 REFUSED = {
     "nvfp4_experts_only_input_scale1-kv_fp8_cast": "NVFP4 with constant_amax is not supported for experts",
-    "nvfp4_experts_only_mse-kv_fp8_cast": "algorithm `mse` is not supported",
 }
 
 

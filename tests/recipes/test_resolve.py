@@ -25,7 +25,7 @@ def refused(*entries: str, modules: tuple[str, ...] = MODULES) -> RecipeError:
     return caught.value
 
 
-@pytest.mark.parametrize(("name", "kv_cache"), list(zip(BUILTIN, ("fp8", "fp8_cast", None), strict=True)))
+@pytest.mark.parametrize(("name", "kv_cache"), list(zip(BUILTIN, ("fp8", "fp8_cast", None, "fp8"), strict=True)))
 def test_builtin_recipes_quantize_all_experts_and_nothing_else(name: str, kv_cache: str | None) -> None:
     modules = (*NORMS, *official_modules(layers=3, experts=5))
     resolved = load_recipe(name).resolve(modules)

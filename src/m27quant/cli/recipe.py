@@ -122,6 +122,8 @@ def _render(document: Mapping[str, Any]) -> RenderableType:
         "description": document["description"],
         "KV cache": KV_CACHE[document["kv_cache"]],
         "algorithm": document["algorithm"],
+        "optimizes": document["optimizes"],
+        "costs": document["costs"],
         "samples": f"{calibration['num_samples']} of {calibration['seq_len']} tokens",
         "expert coverage": f"{calibration['moe_calib']}: {coverage[calibration['moe_calib']]}",
         "fingerprint": document["fingerprint"],

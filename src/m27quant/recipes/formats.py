@@ -9,9 +9,11 @@ from m27quant.recipes.schema import Attributes
 
 E2M1, E4M3 = (2, 1), (4, 3)
 NVFP4_BLOCKS: dict[int | str, Any] = {-1: 16, "type": "dynamic", "scale_bits": E4M3}
+NVFP4_STATIC_BLOCKS: dict[int | str, Any] = {**NVFP4_BLOCKS, "type": "static"}
 SUPPORTED = (
     "NVFP4 (num_bits [2, 1], dynamic blocks of 16, scale_bits [4, 3]) for weights and inputs "
-    "of expert w1, w2 and w3, and FP8 (num_bits [4, 3]) for the KV cache"
+    "of expert w1, w2 and w3 (static blocks for weights where the algorithm is mse), and FP8 (num_bits [4, 3]) "
+    "for the KV cache"
 )
 
 
@@ -19,11 +21,12 @@ SUPPORTED = (
 class Format:
     """`kind` is "other" for what m27quant cannot write; `text` says it in words."""
 
-    kind: Literal["nvfp4", "fp8", "fp8_cast", "other"]
+    kind: Literal["nvfp4", "nvfp4_static", "fp8", "fp8_cast", "other"]
     text: str
 
 
 NVFP4 = Format("nvfp4", "NVFP4")
+NVFP4_STATIC = Format("nvfp4_static", "NVFP4 with static blocks of 16 along axis -1")
 FP8 = Format("fp8", "FP8")
 FP8_CAST = Format("fp8_cast", "FP8 without scales")
 MODELOPT_DEFAULT = Format("other", "modelopt's default INT8, as no entry says anything else")
@@ -38,6 +41,9 @@ def format_of(cfg: Attributes | tuple[Attributes, ...]) -> Format:
     blocks = {k: v for k, v in (cfg.block_sizes or {}).items() if v not in (None, False)}
     if cfg.num_bits == E2M1 and blocks == NVFP4_BLOCKS and not cfg.use_constant_amax and not switches:
         return NVFP4
+    static = {"type": "static", **blocks} == NVFP4_STATIC_BLOCKS
+    if cfg.num_bits == E2M1 and static and not cfg.use_constant_amax and not switches:
+        return NVFP4_STATIC
     if cfg.num_bits == E4M3 and not blocks and not switches:
         return FP8_CAST if cfg.use_constant_amax else FP8
     if blocks and blocks != NVFP4_BLOCKS:

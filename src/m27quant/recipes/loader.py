@@ -14,7 +14,12 @@ from m27quant.recipes.recipe import Recipe
 from m27quant.recipes.schema import RecipeFile, closest
 from m27quant.recipes.strict_yaml import Map, Place, Seq, Value, parse
 
-BUILTIN: Final = ("nvfp4_experts_only-fp8_kv", "nvfp4_experts_only-fp8_kv_cast", "nvfp4_experts_only")
+BUILTIN: Final = (
+    "nvfp4_experts_only-fp8_kv",
+    "nvfp4_experts_only-fp8_kv_cast",
+    "nvfp4_experts_only",
+    "nvfp4_experts_only_mse-fp8_kv",
+)
 ALIASES: Final = {
     "nvfp4_experts_only-kv_fp8": "nvfp4_experts_only-fp8_kv",
     "nvfp4_experts_only-kv_fp8_cast": "nvfp4_experts_only-fp8_kv_cast",

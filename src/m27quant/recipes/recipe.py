@@ -60,7 +60,14 @@ class Recipe:
             RecipeError: a pattern matches nothing, or asks for what m27quant does not write.
         """
         rules = [Rule(e, p) for e, p in zip(self.quantize.quant_cfg, self.places, strict=True)]
-        return resolve(rules, module_names, name=self.name, moe_calib=self.moe_calib, notices=self.notices)
+        return resolve(
+            rules,
+            module_names,
+            name=self.name,
+            algorithm=self.quantize.algorithm.method,
+            moe_calib=self.moe_calib,
+            notices=self.notices,
+        )
 
     def with_calibration(self, **changes: Any) -> Recipe:
         """Return the recipe with fields of `calibration` replaced (None leaves one), checked as in a file."""

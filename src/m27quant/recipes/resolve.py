@@ -17,9 +17,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from m27quant.errors import RecipeError, escape
-from m27quant.recipes.formats import FP8, FP8_CAST, MODELOPT_DEFAULT, NVFP4, SUPPORTED, Format, format_of
+from m27quant.recipes.formats import (
+    FP8,
+    FP8_CAST,
+    MODELOPT_DEFAULT,
+    NVFP4,
+    NVFP4_STATIC,
+    SUPPORTED,
+    Format,
+    format_of,
+)
 from m27quant.recipes.patterns import Pattern
-from m27quant.recipes.schema import Entry, MoeCalib, closest
+from m27quant.recipes.schema import Entry, Method, MoeCalib, closest
 from m27quant.recipes.strict_yaml import Place
 
 KVCache = Literal["fp8", "fp8_cast"]
@@ -53,7 +62,8 @@ class ResolvedRecipe:
     """Modules that keep their source bytes or become BF16."""
     kv_cache: KVCache | None
     """`fp8` has calibrated scales, `fp8_cast` none; None leaves the cache in BF16."""
-    algorithm: Literal["max"]
+    algorithm: Method
+    """How block scales of weights are chosen."""
     moe_calib: MoeCalib
     notices: tuple[str, ...]
 
@@ -100,6 +110,7 @@ def resolve(
     module_names: Iterable[str],
     *,
     name: str,
+    algorithm: Method,
     moe_calib: MoeCalib,
     notices: tuple[str, ...],
 ) -> ResolvedRecipe:
@@ -108,7 +119,7 @@ def resolve(
     blocks = fates(rules, modules)
     experts = [b for b in blocks if _EXPERT.fullmatch(b.modules[0])]
     cache = [b for b in blocks if b.quantizer in ("k_bmm_quantizer", "v_bmm_quantizer")]
-    _refuse_other_formats(experts, cache)
+    _refuse_other_formats(experts, cache, algorithm)
     _refuse_other_modules([b for b in blocks if b not in experts and b not in cache])
     _refuse_half_experts(experts)
     quantized = {m for b in experts for m in b.modules}
@@ -117,7 +128,7 @@ def resolve(
         quantized=tuple(m for m in modules if m in quantized),
         unquantized=tuple(m for m in modules if m not in quantized),
         kv_cache=_kv_cache(cache),
-        algorithm="max",
+        algorithm=algorithm,
         moe_calib=moe_calib,
         notices=notices,
     )
@@ -206,11 +217,16 @@ def _cannot(block: Block, what: str) -> RecipeError:
     return block.rule.place.error(f"{block.rule}: {message}", f"m27quant writes {SUPPORTED}")
 
 
-def _refuse_other_formats(experts: list[Block], cache: list[Block]) -> None:
+def _refuse_other_formats(experts: list[Block], cache: list[Block], algorithm: Method) -> None:
     for block in experts:
         if block.enabled and block.quantizer == "output_quantizer":
             raise _cannot(block, "outputs of experts are not quantized")
-        if block.enabled and block.format is not NVFP4:
+        searched = algorithm == "mse" and block.quantizer == "weight_quantizer"
+        if block.enabled and searched and block.format is NVFP4:
+            raise _cannot(
+                block, "`mse` chooses block scales of static blocks (`type: static`), these are dynamic"
+            )
+        if block.enabled and block.format is not (NVFP4_STATIC if searched else NVFP4):
             raise _cannot(block, f"{block.format.text} is not supported for experts")
     for block in cache:
         if block.enabled and block.format not in (FP8, FP8_CAST):

@@ -27,6 +27,8 @@ MAX_RULES = 256
 MAX_PATTERN = 256
 
 MoeCalib = Literal["full", "natural"]
+Method = Literal["max", "mse"]
+METHODS: tuple[Method, ...] = ("max", "mse")
 
 
 def closest(word: object, choices: list[str]) -> str | None:
@@ -170,9 +172,14 @@ class Layerwise(Strict):
 
 
 class Algorithm(Strict):
-    """Max calibration, the only algorithm that m27quant runs: scales are exact maxima."""
+    """How scales are chosen.
 
-    method: Literal["max"]
+    `max`: exact maxima.  `mse` with `fp8_scale_sweep`: activations by maxima, each block scale of a weight by the
+    least squared error.
+    """
+
+    method: Method
+    fp8_scale_sweep: bool | None = None
     moe_calib_experts_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     layerwise: Layerwise = Layerwise()
     distributed_sync: bool | None = True
@@ -188,16 +195,19 @@ class Algorithm(Strict):
             raise PydanticCustomError(
                 "recipe_algorithm",
                 "a chain of algorithms is not supported",
-                {"hint": "m27quant runs `max` alone"},
+                {"hint": "m27quant runs `max` or `mse`"},
             )
         if not isinstance(data, dict):
             data = {"method": data}
         method = data.get("method")
-        if "method" in data and method != "max":
+        if "method" in data and method not in METHODS:
             raise PydanticCustomError(
                 "recipe_algorithm",
                 "algorithm `{method}` is not supported",
-                {"method": "null" if method is None else method, "hint": "m27quant calibrates with `max`"},
+                {
+                    "method": "null" if method is None else method,
+                    "hint": "m27quant calibrates with `max` or `mse`",
+                },
             )
         return data
 
@@ -205,6 +215,22 @@ class Algorithm(Strict):
     @classmethod
     def _null_layerwise(cls, value: object) -> object:
         return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _sweep_of_e4m3(self) -> Self:
+        if self.method == "mse" and not self.fp8_scale_sweep:
+            raise PydanticCustomError(
+                "recipe_multiplier_search",
+                "`mse` without `fp8_scale_sweep: true` is not supported",
+                {"hint": "modelopt then tries multiples of each maximum; m27quant finds the best E4M3 scale"},
+            )
+        if self.method == "max" and self.fp8_scale_sweep is not None:
+            raise PydanticCustomError(
+                "recipe_sweep_without_mse",
+                "`fp8_scale_sweep` goes with `method: mse`",
+                {"hint": "remove it, or choose `mse`"},
+            )
+        return self
 
     @model_validator(mode="after")
     def _full_precision_inputs(self) -> Self:

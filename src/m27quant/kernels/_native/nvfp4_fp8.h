@@ -54,12 +54,8 @@ M27_INLINE void block_values(float scale_inv, double *value) {
     for (uint32_t c = 0; c < CODES; c++) value[c] = bf16_value(bf16_bits(e4m3_value(c) * fabsf(scale_inv)));
 }
 
-M27_INLINE void fill(Steps *e, const double *value, int most, float ws2) {
-    if (!isfinite(value[most])) {
-        e->state = 2;
-        return;
-    }
-    e->scale = scale_code((float)value[most], ws2);
+/* The limits under the scale that `e` has. */
+M27_INLINE void fill_under_scale(Steps *e, const double *value, float ws2) {
     e->d = e4m3_value(e->scale) * ws2;
     double limit[8];
     for (int k = 0; k < 8; k++) limit[k] = (double)e->d * LIMIT[k];
@@ -70,6 +66,15 @@ M27_INLINE void fill(Steps *e, const double *value, int most, float ws2) {
             last[k] += step & -(value[last[k] + step] <= limit[k]); /* false for Inf and NaN */
     for (int k = 0; k < 8; k++) e->last[k] = (Lanes){0} + (int8_t)last[k];
     e->state = 1;
+}
+
+M27_INLINE void fill(Steps *e, const double *value, int most, float ws2) {
+    if (!isfinite(value[most])) {
+        e->state = 2;
+        return;
+    }
+    e->scale = scale_code((float)value[most], ws2);
+    fill_under_scale(e, value, ws2);
 }
 
 /* The larger one of each lane. */

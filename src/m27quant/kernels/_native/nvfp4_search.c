@@ -110,7 +110,6 @@ M27_INLINE int first_best(const Block16 *b, const Scales *s, const Window *w) {
     return best;
 }
 
-/* The code of the best scale of a group. */
 M27_INLINE int best_scale(const Block16 *b, const Scales *s) {
     Window w;
     w.most = INFINITY;
@@ -177,32 +176,52 @@ M27_CLONES static int search_bf16(const uint16_t *weight, int64_t K, const Scale
     return 1;
 }
 
+M27_CLONES int nvfp4_best_scale(const Block16 *b, const Scales *s) { return best_scale(b, s); }
+
+/* The scales of a block's groups, one by one; 0 where it holds a NaN or Inf. */
+M27_INLINE int scales_of_block(const uint8_t *weight, int64_t K, const double *value, const Scales *s,
+                               const float *channel, const float *small_channel, int64_t top, int64_t bottom,
+                               int64_t left, int64_t right, uint8_t *scales) {
+    float magnitude[CODES];
+    for (int c = 0; c < CODES; c++) magnitude[c] = (float)value[c];
+    for (int64_t n = top; n < bottom; n++)
+        for (int64_t k = left; k < right; k += GROUP) {
+            const uint8_t *p = weight + n * K + k;
+            Block16 b = {{0}, channel ? channel + k : NULL, channel ? small_channel + k : NULL};
+            for (int j = 0; j < GROUP; j++) b.x[j] = magnitude[p[j] & 0x7F];
+            if (!(magnitude[group_most(p)] < INFINITY)) return 0;
+            scales[(n * K + k) / GROUP] = (uint8_t)best_scale(&b, s);
+        }
+    return 1;
+}
+
+/* `tables`: of nvfp4_new_tables() or NULL. */
 M27_CLONES static int search_fp8(const uint8_t *weight, const float *scale_inv, int64_t K, int64_t block_n,
                                  int64_t block_k, const Scales *s, const float *channel,
                                  const float *small_channel, uint8_t *codes, uint8_t *scales, int64_t row0,
-                                 int64_t row1) {
+                                 int64_t row1, void *tables) {
     int64_t J = (K + block_k - 1) / block_k;
+    Steps steps[SCALES + 1];
+    double value[CODES];
     for (int64_t top = row0, bottom; top < row1; top = bottom) {
         bottom = block_end(top, block_n, row1);
         for (int64_t left = 0, right; left < K; left = right) {
             right = block_end(left, block_k, K);
-            double exact[CODES];
-            float value[CODES];
-            block_values(scale_inv[top / block_n * J + left / block_k], exact);
-            for (int c = 0; c < CODES; c++) value[c] = (float)exact[c];
+            block_values(scale_inv[top / block_n * J + left / block_k], value);
+            int found = tables ? nvfp4_search_block(tables, s, weight, K, value, top, bottom, left, right, scales) : -1;
+            if (found < 0)
+                found = scales_of_block(weight, K, value, s, channel, small_channel, top, bottom, left, right, scales);
+            if (!found) return 0;
+            for (int c = 0; c <= SCALES; c++) steps[c].state = 0;
             for (int64_t n = top; n < bottom; n++)
                 for (int64_t k = left; k < right; k += GROUP) {
-                    const uint8_t *p = weight + n * K + k;
-                    Block16 b = {{0}, channel ? channel + k : NULL, channel ? small_channel + k : NULL};
-                    uint32_t minus = 0;
-                    float largest = 0.0f;
-                    for (int j = 0; j < GROUP; j++) {
-                        b.x[j] = value[p[j] & 0x7F];
-                        minus |= (uint32_t)(p[j] >> 7) << j;
-                        largest = b.x[j] <= largest ? largest : b.x[j]; /* a NaN stays */
-                        if (!(b.x[j] < INFINITY)) return 0;
+                    Steps *e = steps + scales[(n * K + k) / GROUP];
+                    if (!e->state) {
+                        e->scale = (uint8_t)(e - steps);
+                        fill_under_scale(e, value, s->ws2);
                     }
-                    pack_group(&b, minus, s, codes + (n * K + k) / 2, scales + (n * K + k) / GROUP);
+                    uint64_t word = nibbles(codes_fp8(weight + n * K + k, e));
+                    memcpy(codes + (n * K + k) / 2, &word, sizeof word);
                 }
         }
     }
@@ -246,11 +265,14 @@ M27_EXPORT int m27_search_fp8(const uint8_t *weight, const float *scale_inv, int
     int finite = -1;
     Scales *s = malloc(sizeof *s);
     float *small = s && channel ? small_weights(channel, K) : NULL;
+    void *tables = !channel && nvfp4_has_tables() ? nvfp4_new_tables() : NULL;
     if (s && (small || !channel))
         M27_IEEE({
             nvfp4_prepare_scales(s, ws2);
-            finite = search_fp8(weight, scale_inv, K, block_n, block_k, s, channel, small, codes, scales, row0, row1);
+            finite = search_fp8(weight, scale_inv, K, block_n, block_k, s, channel, small, codes, scales, row0, row1,
+                                tables);
         });
+    free(tables);
     free(small);
     free(s);
     return finite;

@@ -36,6 +36,18 @@ typedef struct {
 
 void nvfp4_prepare_scales(Scales *s, float ws2);
 
+/* The code of the best scale of a group. */
+int nvfp4_best_scale(const Block16 *b, const Scales *s);
+
+/* ---- nvfp4_search_fp8.c: blocks of FP8, where the machine permutes bytes ---- */
+
+int nvfp4_has_tables(void);
+void *nvfp4_new_tables(void); /* to be freed */
+
+/* Writes the scales of a block's groups: 1, 0 where it holds a NaN or Inf, -1 where the tables do not suit it. */
+int nvfp4_search_block(void *tables, const Scales *s, const uint8_t *weight, int64_t K, const double *value,
+                       int64_t top, int64_t bottom, int64_t left, int64_t right, uint8_t *scales);
+
 /* The error that the specification gives to a candidate. */
 M27_INLINE double exact_error(const Block16 *b, const Candidate *c) {
     double v[GROUP];
