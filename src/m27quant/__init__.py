@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from m27quant.checkpoint.overview import Overview, inspect_checkpoint
+    from m27quant.drafters.evaluate import EvalOptions, EvalResult, evaluate_drafter
+    from m27quant.drafters.generate import DataOptions, DataResult, generate_drafter_data
     from m27quant.drafters.options import TrainOptions
     from m27quant.drafters.train import TrainResult, train_drafter
     from m27quant.estimate import DryRun, dry_run
@@ -30,8 +32,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "DataOptions": "m27quant.drafters.generate",
+    "DataResult": "m27quant.drafters.generate",
     "DryRun": "m27quant.estimate",
     "dry_run": "m27quant.estimate",
+    "EvalOptions": "m27quant.drafters.evaluate",
+    "EvalResult": "m27quant.drafters.evaluate",
+    "evaluate_drafter": "m27quant.drafters.evaluate",
+    "generate_drafter_data": "m27quant.drafters.generate",
     "GenerateResult": "m27quant.runtime.api",
     "LLM": "m27quant.runtime.api",
     "load": "m27quant.llm",
@@ -52,7 +60,11 @@ _LAZY = {
 
 __all__ = [
     "LLM",
+    "DataOptions",
+    "DataResult",
     "DryRun",
+    "EvalOptions",
+    "EvalResult",
     "GenerateResult",
     "Options",
     "Overview",
@@ -65,6 +77,8 @@ __all__ = [
     "VerifyResult",
     "__version__",
     "dry_run",
+    "evaluate_drafter",
+    "generate_drafter_data",
     "inspect_checkpoint",
     "load",
     "quantize_checkpoint",

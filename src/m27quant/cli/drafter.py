@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from m27quant.cli import drafter_data, drafter_train
+from m27quant.cli import drafter_data, drafter_eval, drafter_train
 
 drafter_app = typer.Typer(
     help="Train DFlash and EAGLE3 drafters, and measure them.",
@@ -14,3 +14,4 @@ drafter_app = typer.Typer(
 )
 drafter_app.command("train")(drafter_train.train)
 drafter_app.command("generate-data")(drafter_data.generate_data)
+drafter_app.command("eval")(drafter_eval.eval_)

@@ -146,7 +146,7 @@ def generate_data(
     # Read when torch's thread pool is loaded: threads that spin at barriers make a shared machine crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from m27quant.cli.run import loading
-    from m27quant.drafters.generate import GenerateOptions, generate_drafter_data
+    from m27quant.drafters.generate import DataOptions, generate_drafter_data
     from m27quant.drafters.text_data import Cut
     from m27quant.runtime.generation import SamplingParams
     from m27quant.runtime.options import RunOptions
@@ -170,7 +170,7 @@ def generate_data(
     with show(output, enabled=not no_progress) as progress, graceful(output, resume_command()) as interrupted:
         result = generate_drafter_data(
             target, list(dataset), out,
-            GenerateOptions(
+            DataOptions(
                 num_samples=num_samples, sampling=sampling, cut=cut, seed=seed, shard_size=shard_size
             ),
             run_options=settings, resume=resume, overwrite=overwrite, command=command_line({str(out): "OUT"}),

@@ -18,7 +18,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def graceful(output: Output, resume_command: str) -> Iterator[Callable[[], None]]:
-    """Yield a function that raises `Interrupted` once a signal has come; handlers are put back at the end."""
+    """Yield a function that raises `Interrupted` once a signal has come; handlers are put back at the end.
+
+    `resume_command` is empty where nothing can be resumed.
+    """
     came: list[int] = []
 
     def handle(signum: int, frame: FrameType | None) -> None:
@@ -30,10 +33,11 @@ def graceful(output: Output, resume_command: str) -> Iterator[Callable[[], None]
 
     def stop() -> None:
         if came:
+            kept = "; what was finished is kept" if resume_command else ""
             raise Interrupted(
-                f"stopped by {signal.Signals(came[0]).name}; what was finished is kept",
+                f"stopped by {signal.Signals(came[0]).name}{kept}",
                 signum=came[0],
-                hint=f"continue with: {resume_command}",
+                hint=f"continue with: {resume_command}" if resume_command else None,
             )
 
     before = {s: signal.signal(s, handle) for s in SIGNALS}
@@ -47,7 +51,16 @@ def graceful(output: Output, resume_command: str) -> Iterator[Callable[[], None]
 def resume_command() -> str:
     """This process's own command line with `--resume`, without secrets and without `--overwrite`."""
     kept, positional = _arguments()
-    return shlex.join(["m27quant", *kept, "--resume", *positional])
+    return shlex.join([*_program(), *kept, "--resume", *positional])
+
+
+def _program() -> list[str]:
+    """How this process was started: by itself, or by torchrun with others."""
+    size, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if not (size.isdecimal() and here.isdecimal()) or int(size) <= 1:
+        return ["m27quant"]
+    nodes = [] if size == here else ["--nnodes", str(int(size) // max(1, int(here)))]
+    return ["torchrun", *nodes, "--nproc-per-node", here, "-m", "m27quant"]
 
 
 def command_line(renamed: Mapping[str, str]) -> str:

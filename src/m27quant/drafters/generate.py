@@ -26,7 +26,7 @@ AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateOptions:
+class DataOptions:
     """What is generated."""
 
     num_samples: int = 1000
@@ -46,7 +46,7 @@ class GenerateOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateResult:
+class DataResult:
     """What was made."""
 
     folder: Path
@@ -65,7 +65,7 @@ def generate_drafter_data(
     target: str | Path,
     datasets: Sequence[str | Path],
     out: str | Path,
-    options: GenerateOptions | None = None,
+    options: DataOptions | None = None,
     *,
     run_options: RunOptions | None = None,
     resume: bool = False,
@@ -79,7 +79,7 @@ def generate_drafter_data(
     loading: Callable[[int, int], None] = lambda done, total: None,
     progress: ProgressCallback = ignore,
     stop: Callable[[], None] = lambda: None,
-) -> GenerateResult:
+) -> DataResult:
     """Let `target` answer prompts into a data folder that `train_drafter` learns from.
 
     A sample follows from options, seed and its number alone (with the invariant kernels that a CPU uses), whatever
@@ -109,7 +109,7 @@ def generate_drafter_data(
         OutputError: `out` holds other files, or another run is writing.
         EnvironmentFault: disk, memory, network.
     """
-    options, run_options = options or GenerateOptions(), run_options or RunOptions()
+    options, run_options = options or DataOptions(), run_options or RunOptions()
     if not datasets:
         raise UsageError("no data set to take prompts from", hint="name one with --dataset")
     reach: dict[str, Any] = {"revision": revision, "offline": offline, "token": token}
@@ -147,11 +147,11 @@ def _generate(
     prompts: Prompts,
     sampling: SamplingParams,
     data: DataFolder,
-    options: GenerateOptions,
+    options: DataOptions,
     say: Callable[[str], None],
     progress: ProgressCallback,
     stop: Callable[[], None],
-) -> GenerateResult:
+) -> DataResult:
     missing = data.missing()
     waiting: dict[int, tuple[int, Running]] = {}
     queue = iter(missing)
@@ -175,7 +175,7 @@ def _generate(
         seconds = time.monotonic() - begun
         progress(Progress(stage="samples", fraction=done / total, tokens_per_s=tokens / seconds))
     shards = data.shards.values()
-    return GenerateResult(
+    return DataResult(
         folder=data.out,
         num_samples=sum(shard["samples"] for shard in shards),
         num_failed=sum(shard["failed"] for shard in shards),

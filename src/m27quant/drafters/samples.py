@@ -144,7 +144,7 @@ def _folder(folder: Path, vocab_size: int | None) -> Iterator[Sample]:
 
 
 def _file(path: Path, tokenizer: Tokenizer | None, vocab_size: int | None) -> Iterator[Sample]:
-    reader = _Reader(tokenizer, vocab_size)
+    reader = SampleReader(tokenizer, vocab_size)
     for number, (where, row) in enumerate(json_lines(path)):
         sample = reader.sample(row, where, str(number))
         if len(sample):
@@ -179,7 +179,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ) from None
 
 
-class _Reader:
+class SampleReader:
     """Rows to samples."""
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int | None) -> None:

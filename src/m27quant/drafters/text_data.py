@@ -19,7 +19,16 @@ from m27quant.calib.data import TEXT_SUFFIXES, parquet_rows, parse_dataset, stre
 from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.strict_json import read_bytes
 from m27quant.checkpoint.tokenizer import Tokenizer
-from m27quant.drafters.samples import json_lines, located, messages_of, token_ids
+from m27quant.drafters.samples import (
+    Sample,
+    SampleReader,
+    json_lines,
+    located,
+    messages_of,
+    read_samples,
+    sample_of,
+    token_ids,
+)
 from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.runtime.chat import ChatPrompt, chat_prompt
 from m27quant.runtime.generation import derived_seed
@@ -94,6 +103,17 @@ class TextSource:
     def prompt(self, number: int, chance: random.Random) -> list[int]:
         return piece(self._ids, self._beginnings, self._cut, chance)
 
+    def pieces(self, prompt_tokens: int, max_tokens: int, most: int) -> list[Sample]:
+        """Pieces at even distances, the first at the beginning, the last at the end."""
+        length = min(prompt_tokens + max_tokens, len(self._ids))
+        room = len(self._ids) - length
+        starts = sorted({room * i // max(1, most - 1) for i in range(most)})
+        prompt = min(prompt_tokens, length)
+        return [
+            sample_of(str(at), self._ids[at : at + prompt], self._ids[at + prompt : at + length])
+            for at in starts
+        ]
+
 
 class RowSource:
     """Rows, each of which is a prompt; of rows of text a piece."""
@@ -134,6 +154,21 @@ class RowSource:
         raise CheckpointError(
             f"{where}: no prompt in a row with the keys {keys}", hint=f"write {PROMPT_FORMS}"
         )
+
+    def samples(self, prompt_tokens: int, max_tokens: int) -> Iterator[Sample]:
+        """Each row's prompt, with its answer where it has one; of text the beginning."""
+        reader = SampleReader(self._tokenizer, self._vocab_size)
+        for number, (where, row) in enumerate(self._rows):
+            turns = messages_of(row, where)
+            answered = turns is not None and any(turn["role"] == "assistant" for turn in turns)
+            if answered or row.get("token_ids") is not None:
+                sample = reader.sample(row, where, str(number))
+                yield sample.cut(sample.num_prompt + max_tokens)
+            elif turns is None and isinstance(row.get("text"), str) and row.get("prompt") is None:
+                ids = self._encode(row["text"], where)[: prompt_tokens + max_tokens]
+                yield sample_of(str(number), ids[:prompt_tokens], ids[prompt_tokens:])
+            else:
+                yield sample_of(str(number), self.prompt(number, random.Random(0)), [])
 
     def _chat(self, messages: list[dict[str, Any]], tools: Any, where: str) -> list[int]:
         """Up to the last turn that is not the assistant's: that one is to be answered."""
@@ -282,3 +317,58 @@ def piece(ids: array[int], beginnings: Sequence[int], cut: Cut, chance: random.R
     else:
         start = chance.randrange(max(1, len(ids) - length + 1))
     return ids[start : start + length].tolist()
+
+
+def heldout_samples(
+    dataset: str,
+    tokenizer: Tokenizer | None,
+    *,
+    vocab_size: int,
+    prompt_tokens: int,
+    max_tokens: int,
+    most: int,
+    offline: bool = False,
+    token: str | None = None,
+) -> list[Sample]:
+    """Prompts, and up to `max_tokens` of what follows them, to measure drafters with.
+
+    Of text: pieces at even distances, `prompt_tokens` of each the prompt.  Of rows: a prompt and its answer where it
+    has one (a data folder's samples, chats), else the prompt alone; rows of text as pieces from their beginnings.
+
+    Args:
+        dataset: a data folder, a file (JSON lines, Parquet, text) or a Hub id.
+        tokenizer: the target's.
+        vocab_size: token ids are below it.
+        prompt_tokens: of pieces of text.
+        max_tokens: behind a prompt.
+        most: samples; fewer where there are no more.
+        offline: do not ask the Hub.
+        token: for the Hub.
+
+    Raises:
+        UsageError: nothing in it, or text without a tokenizer.
+        CheckpointError: damaged; file and line are named.
+        EnvironmentFault: not to be had.
+    """
+    folder = existing(dataset)
+    if folder is not None and folder.is_dir():
+        samples = read_samples(folder, vocab_size=vocab_size)
+        return [_behind_prompt(sample, max_tokens) for sample in _evenly(samples, most)]
+    cut = Cut(prompt_tokens=(prompt_tokens, prompt_tokens), beginnings=0)
+    source = open_source(
+        dataset, tokenizer, vocab_size=vocab_size, cut=cut, most_rows=most, offline=offline, token=token
+    )
+    if isinstance(source, TextSource):
+        return source.pieces(prompt_tokens, max_tokens, most)
+    assert isinstance(source, RowSource)
+    return [sample for sample in source.samples(prompt_tokens, max_tokens) if sample.num_prompt]
+
+
+def _behind_prompt(sample: Sample, max_tokens: int) -> Sample:
+    return sample.cut(sample.num_prompt + max_tokens)
+
+
+def _evenly(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """At most so many, at even distances."""
+    count = min(most, len(samples))
+    return [samples[i * len(samples) // count] for i in range(count)]

@@ -87,6 +87,15 @@ class DFlashDrafter:
     def forget(self, sequence: int) -> None:
         self.context.forget(sequence)
 
+    @torch.inference_mode()
+    def forced_hidden(self, requests: Sequence[DraftRequest], texts: Sequence[Sequence[int]]) -> Tensor:
+        """What the head reads at each place behind the requests' tokens, [b, num_draft_tokens, D].
+
+        `texts` are the tokens that do follow; a block does not look at them.
+        """
+        self._take_in(requests)
+        return self.block_hidden([(r.sequence, r.tokens[-1]) for r in requests])[:, 1:]
+
     def _take_in(self, requests: Sequence[DraftRequest]) -> None:
         """Append features of newly committed positions to the context, all requests in one product."""
         width = self.weights.fc.shape[1]

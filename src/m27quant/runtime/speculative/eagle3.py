@@ -23,7 +23,7 @@ from m27quant.runtime.speculative.config import Eagle3Settings
 from m27quant.runtime.speculative.context import ContextCache, attend, check_taps
 from m27quant.runtime.speculative.decoder import LayerWeights, Rotary, Shared, key_value, mlp, query
 from m27quant.runtime.speculative.proposal import NOTHING, DraftRequest, Proposal
-from m27quant.runtime.speculative.tree import Frontier, Growth, check_shape, num_candidates
+from m27quant.runtime.speculative.tree import Growth, check_shape, num_candidates
 
 DEFAULT_STEPS, DEFAULT_TREE = 3, 8
 
@@ -106,6 +106,24 @@ class Eagle3Drafter:
     def forget(self, sequence: int) -> None:
         self.context.forget(sequence)
         self._last.pop(sequence, None)
+
+    @torch.inference_mode()
+    def forced_hidden(self, requests: Sequence[DraftRequest], texts: Sequence[Sequence[int]]) -> Tensor:
+        """What the head reads at each place of chains behind the requests' tokens, [b, num_steps, D].
+
+        The chains are fed `texts`, the tokens that do follow, not what they draft themselves.
+        """
+        self._extend(requests)
+        hidden_bFD = torch.stack([self._last[r.sequence] for r in requests])[:, None]
+        drafted: _Drafted | None = None
+        places = [hidden_bFD]
+        only = torch.zeros(len(requests), 1, dtype=torch.int64, device=self.device)
+        for step in range(self.num_steps - 1):
+            tokens = torch.tensor([[text[step]] for text in texts], device=self.device)
+            parents = self._recurrent(hidden_bFD)
+            hidden_bFD, drafted = self._step(requests, step, tokens, parents, only, drafted)
+            places.append(hidden_bFD)
+        return rms_norm(torch.cat(places, 1), self.weights.norm, self.settings.sizes.rms_norm_eps)
 
     # -- the committed history ----------------------------------------------------------------------
 
@@ -192,7 +210,7 @@ class Eagle3Drafter:
             rows = torch.arange(len(requests), device=self.device)[:, None]
             parents = self._recurrent(hidden_bFD)[rows, frontier.parents_bF]
             tokens = shared.tokens(frontier.rows_bF)
-            hidden_bFD, drafted = self._step(requests, step, tokens, parents, frontier, drafted)
+            hidden_bFD, drafted = self._step(requests, step, tokens, parents, frontier.parents_bF, drafted)
             log_probs = self._log_probs(hidden_bFD.flatten(0, 1)).view(len(requests), k, -1)
             frontier = growth.grow(frontier, log_probs)
         trees = growth.prune(self.num_draft_tokens, limits)
@@ -204,10 +222,13 @@ class Eagle3Drafter:
         step: int,
         tokens_bF: Tensor,
         parents_bFD: Tensor,
-        frontier: Frontier,
+        origin_bF: Tensor,
         drafted: _Drafted | None,
     ) -> tuple[Tensor, _Drafted]:
-        """One forward pass of a frontier: (hidden states [b, F, D], all expanded nodes)."""
+        """One forward pass of a frontier: (hidden states [b, F, D], all expanded nodes).
+
+        `parents_bFD` are hidden states of the nodes `origin_bF` of the frontier before.
+        """
         s, w, (b, F) = self.settings.sizes, self.weights.layer, tokens_bF.shape
         u, residual = self._inputs(tokens_bF.flatten(), parents_bFD.flatten(0, 1))
         lengths = [self.context.length(r.sequence) for r in requests]
@@ -215,7 +236,7 @@ class Eagle3Drafter:
         rotary = s.rope.table(positions, self.dtype)
         q = query(u, w, s.head_dim, s.rms_norm_eps, rotary).view(b, F, -1, s.head_dim)
         k, v = (t.view(b, F, -1, s.head_dim) for t in key_value(u, w, s.head_dim, s.rms_norm_eps, rotary))
-        drafted = _descend(drafted, frontier.parents_bF, k, v)
+        drafted = _descend(drafted, origin_bF, k, v)
         out = []
         for i, request in enumerate(requests):
             keys, values = self.context.read(request.sequence)[0]

@@ -1,0 +1,430 @@
+"""How drafters fare on one or several targets: what is accepted as they generate, and along held-out text.
+
+Every target answers the same prompts.  Each drafter is walked through the answers (`walk`) and scored along the text
+that does follow the prompts (`proxy`); differences to the first target are paired by prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from m27quant.checkpoint.hub import locate
+from m27quant.checkpoint.quantized import QuantizedSource, open_checkpoint
+from m27quant.drafters.compare import Difference, paired_difference
+from m27quant.drafters.metrics import AcceptanceStats, total
+from m27quant.drafters.proxy import Proxy, Trained, pooled, teacher_forced
+from m27quant.drafters.samples import Sample, sample_of
+from m27quant.drafters.states import TargetStates
+from m27quant.drafters.text_data import heldout_samples
+from m27quant.drafters.walk import Text, repeated_share, walk
+from m27quant.errors import UsageError, escape
+from m27quant.llm import load
+from m27quant.progress import Progress, ProgressCallback, ignore
+from m27quant.runtime.api import LLM
+from m27quant.runtime.generation import SamplingParams, derived_seed
+from m27quant.runtime.options import RunOptions
+from m27quant.runtime.speculative.choose import NGRAM, make_named
+from m27quant.runtime.speculative.eagle3 import Eagle3Drafter
+from m27quant.runtime.speculative.load import DrafterOptions
+from m27quant.runtime.speculative.ngram import NgramDrafter
+from m27quant.runtime.speculative.proposal import Drafter
+from m27quant.runtime.speculative.taps import TapOffset
+from m27quant.runtime.speculative.tree import num_candidates
+
+TEXTS = 32
+"""Whose hidden states are in memory at a time."""
+TREE_TOPK, TREE_TOKENS = 4, 8
+"""SGLang's flags for an EAGLE3 tree, of three steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalOptions:
+    """What is measured."""
+
+    num_prompts: int = 64
+    prompt_tokens: int = 64
+    """Of pieces of text."""
+    max_tokens: int = 128
+    """Generated behind each prompt."""
+    stride: int = 8
+    """A block of the proxy begins behind every so many tokens of the text."""
+    temperature: float = 0.0
+    ignore_eos: bool = True
+    """End tokens do not end an answer: every prompt has the same weight."""
+    seed: int = 0
+    num_draft_tokens: tuple[int, ...] = ()
+    """DFlash: drafts a step; EAGLE3: rows of the tree.  Each is measured; the drafter's own, or 8 rows, where empty."""
+    num_steps: int | None = None
+    """EAGLE3: depth."""
+    eagle_topk: int | None = None
+    """EAGLE3: branches of the tree, 4 where None; 1 leaves it out.  A chain is measured in any case."""
+    tap_offset: TapOffset | None = None
+    rope_theta: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` naming the field that cannot be."""
+        for name in ("num_prompts", "prompt_tokens", "max_tokens", "stride"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if any(count < 1 for count in self.num_draft_tokens):
+            raise UsageError(f"num_draft_tokens must be at least 1, got {min(self.num_draft_tokens)}")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetMode:
+    """A target and how it was run."""
+
+    name: str
+    activations: str
+    """Of the experts: nvfp4 (W4A4) or bf16."""
+    kv_cache_dtype: str
+    is_quantized: bool
+    """NVFP4 weights."""
+
+    def describe(self) -> str:
+        """Weights, activations and cache in short."""
+        weights = ("W4A4" if self.activations == "nvfp4" else "W4A16") if self.is_quantized else "unquantized"
+        return f"{weights}, {self.kv_cache_dtype.upper()} KV"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRow:
+    """One drafter in one setting on one target."""
+
+    drafter: str
+    """As it was named."""
+    kind: str
+    """dflash, eagle3 or ngram."""
+    setting: str
+    """Block, chain or tree, and its size."""
+    num_drafts: int
+    """Drafted tokens a step; of prompt lookup beside it too."""
+    target: TargetMode
+    per_prompt: tuple[AcceptanceStats, ...]
+    """The steps of each prompt's answer."""
+    ngram: AcceptanceStats
+    """Prompt lookup on the same answers."""
+    repeated_8grams: float
+    """Share of the generated tokens that end an 8-gram seen before."""
+    proxy: Proxy | None
+    """None where nothing follows the prompts, and for prompt lookup."""
+    difference: Difference | None = None
+    """To the first target: of tau."""
+    proxy_difference: Difference | None = None
+    """To the first target: of the proxy's m_accept."""
+
+    @property
+    def generation(self) -> AcceptanceStats:
+        """All steps of all answers."""
+        return total(self.per_prompt)
+
+    def to_json(self) -> dict[str, Any]:
+        """tau, m_accept and c_k are of generation, val_loss and blocks of the proxy."""
+        stats, proxy = self.generation, None
+        if self.proxy is not None:
+            proxy = {
+                "m_accept": self.proxy.stats.m_accept, "c_k": self.proxy.stats.c_k, "blocks": self.proxy.blocks,
+                "val_loss": self.proxy.val_loss, "val_loss_k": list(self.proxy.losses),
+                "covered": self.proxy.covered, "stride": self.proxy.stride,
+            }  # fmt: skip
+        return {
+            "drafter": self.drafter,
+            "kind": self.kind,
+            "setting": self.setting,
+            "num_drafts": self.num_drafts,
+            "target": self.target.name,
+            "mode": self.target.describe(),
+            "activations": self.target.activations,
+            "kv_cache_dtype": self.target.kv_cache_dtype,
+            "tau": stats.tau,
+            "m_accept": stats.m_accept,
+            "c_k": stats.c_k,
+            "val_loss": None if self.proxy is None else self.proxy.val_loss,
+            "blocks": None if self.proxy is None else self.proxy.blocks,
+            "generation": stats.to_json(),
+            "proxy": proxy,
+            "ngram": self.ngram.to_json(),
+            "repeated_8grams": self.repeated_8grams,
+            "difference": _fields(self.difference),
+            "proxy_difference": _fields(self.proxy_difference),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """All drafters in all settings on all targets."""
+
+    rows: tuple[EvalRow, ...]
+    dataset: str
+    num_prompts: int
+    num_tokens: int
+    """Generated by each target."""
+    options: EvalOptions
+    invariant: bool
+    """Whether kernels are: then these are the steps of generation to the last bit."""
+    command: str | None = None
+
+    def of(self, drafter: str) -> EvalResult:
+        """One drafter's rows."""
+        return replace(self, rows=tuple(row for row in self.rows if row.drafter == drafter))
+
+    def to_json(self) -> dict[str, Any]:
+        """Settings and rows."""
+        o = self.options
+        return {
+            "dataset": self.dataset, "num_prompts": self.num_prompts, "prompt_tokens": o.prompt_tokens,
+            "max_tokens": o.max_tokens, "generated_tokens": self.num_tokens, "temperature": o.temperature,
+            "ignore_eos": o.ignore_eos, "seed": o.seed, "stride": o.stride, "invariant": self.invariant,
+            "results": [row.to_json() for row in self.rows],
+        }  # fmt: skip
+
+
+def _fields(difference: Difference | None) -> dict[str, float] | None:
+    return None if difference is None else dataclasses.asdict(difference)
+
+
+def evaluate_drafter(
+    drafters: str | Path | Sequence[str | Path],
+    targets: str | Path | Sequence[str | Path],
+    dataset: str | Path,
+    options: EvalOptions | None = None,
+    *,
+    activations: Sequence[str] = ("auto",),
+    kv_cache_dtypes: Sequence[str] = ("auto",),
+    run_options: RunOptions | None = None,
+    command: str | None = None,
+    check: bool = True,
+    revision: str | None = None,
+    offline: bool = False,
+    token: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    loading: Callable[[int, int], None] = lambda done, total: None,
+    progress: ProgressCallback = ignore,
+    stop: Callable[[], None] = lambda: None,
+) -> EvalResult:
+    """Measure what targets accept of drafters.
+
+    Args:
+        drafters: folders or Hub ids of DFlash or EAGLE3 drafters, or `ngram`.
+        targets: checkpoints, as `m27quant.load` takes them; differences are to the first one, run in its first mode.
+        dataset: held-out text, JSON lines, Parquet, a data folder, or a Hub id.
+        options: what is measured.
+        activations: modes of NVFP4 targets, each with each of `kv_cache_dtypes`; others run as they are.
+        kv_cache_dtypes: as `activations`.
+        run_options: how targets are run otherwise.
+        command: the command line, for cards.
+        check: as `m27quant.load`.
+        revision: of the targets.
+        offline: as `m27quant.load`.
+        token: as `m27quant.load`.
+        say: takes one line about each thing that was decided.
+        loading: called with layers loaded and layers in all.
+        progress: called as the work goes on.
+        stop: called between parts; may raise `Interrupted`.
+
+    Raises:
+        UsageError: no drafter, no target, no prompt, or settings that a drafter does not have.
+        CheckpointError: a checkpoint or a data set that is damaged, a drafter that is not for the target.
+        EnvironmentFault: memory, disk, network.
+    """
+    names, folders = _many(drafters), _many(targets)
+    if not names or not folders:
+        raise UsageError("nothing to measure", hint="name a drafter and a target")
+    options, run_options = options or EvalOptions(), run_options or RunOptions()
+    reach: dict[str, Any] = {"offline": offline, "token": token}
+    plan = [
+        (target, is_quantized, mode)
+        for target in folders
+        for is_quantized, mode in _modes(
+            target, activations, kv_cache_dtypes, {"revision": revision, **reach}
+        )
+    ]
+    rows: list[EvalRow] = []
+    num_prompts, num_tokens, invariant = 0, 0, True
+    for done, (target, is_quantized, mode) in enumerate(plan):
+        progress(Progress(stage=f"target {done + 1}/{len(plan)}", fraction=done / len(plan)))
+        llm = load(
+            target, replace(run_options, **mode), check=check, alone=True, revision=revision, say=say,
+            progress=loading, **reach,
+        )  # fmt: skip
+        folder = locate(target, revision=revision, **reach).folder
+        measured = _Measured(llm, target, folder, is_quantized, str(dataset), options, reach, say)
+        for index, name in enumerate(names):
+            stop()
+            rows += measured.rows_of(name)
+            progress(
+                Progress(
+                    stage=f"target {done + 1}/{len(plan)}",
+                    fraction=(done + (index + 1) / len(names)) / len(plan),
+                )
+            )
+        num_prompts, num_tokens = (
+            len(measured.texts),
+            sum(len(t.tokens) - t.num_prompt for t in measured.texts),
+        )
+        invariant &= llm.model.invariant
+        del llm, measured
+    return EvalResult(
+        rows=tuple(_with_differences(rows)), dataset=str(dataset), num_prompts=num_prompts, num_tokens=num_tokens,
+        options=options, invariant=invariant, command=command,
+    )  # fmt: skip
+
+
+def _many(names: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(name) for name in ([names] if isinstance(names, str | Path) else names)]
+
+
+def _modes(
+    target: str, activations: Sequence[str], kv_cache_dtypes: Sequence[str], reach: dict[str, Any]
+) -> Iterator[tuple[bool, dict[str, Any]]]:
+    """(whether its weights are NVFP4, changes of RunOptions) for each way in which a target is to be run."""
+    with open_checkpoint(locate(target, **reach)) as source:
+        is_quantized = isinstance(source, QuantizedSource)
+    if not is_quantized:
+        yield False, {}
+        return
+    for act, kv in product(activations, kv_cache_dtypes):
+        yield True, {"activations": act, "kv_cache_dtype": kv}
+
+
+class _Measured:
+    """One target in one mode: its answers, and what it says of drafters."""
+
+    def __init__(
+        self, llm: LLM, target: str, folder: Path, is_quantized: bool, dataset: str, options: EvalOptions,
+        reach: dict[str, Any], say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.llm, self.folder, self.options, self.reach, self.say = llm, folder, options, reach, say
+        kv = str(llm.engine.cache.shape.dtype).removeprefix("torch.")
+        short = {"float8_e4m3fn": "fp8", "bfloat16": "bf16", "float32": "f32"}
+        self.mode = TargetMode(target, llm.options.activations, short.get(kv, kv), is_quantized)
+        self.states = TargetStates(llm, "", cache_folder=None, cache_bytes=None)
+        self.samples = heldout_samples(
+            dataset, llm.tokenizer, vocab_size=llm.model.config.vocab_size, prompt_tokens=options.prompt_tokens,
+            max_tokens=options.max_tokens, most=options.num_prompts, **reach,
+        )  # fmt: skip
+        if not self.samples:
+            raise UsageError(
+                f"{escape(dataset)} holds no prompt", hint="name held-out text, or rows with prompts"
+            )
+        self.texts = self._answers()
+        self.repeated = repeated_share(self.texts)
+        self._lookups: dict[int, list[AcceptanceStats]] = {}
+
+    def _answers(self) -> list[Text]:
+        """What the target writes, which no drafter changes."""
+        o, prompts = self.options, [sample.ids[: sample.num_prompt] for sample in self.samples]
+        params = [
+            SamplingParams(
+                temperature=o.temperature, max_tokens=o.max_tokens, ignore_eos=o.ignore_eos,
+                seed=derived_seed(o.seed, index),
+            )
+            for index in range(len(prompts))
+        ]  # fmt: skip
+        results = self.llm.generate(prompts, params)
+        failed = next((result for result in results if result.error is not None), None)
+        if failed is not None:
+            raise UsageError(f"prompt {failed.index}: {failed.error}", hint="take shorter prompts")
+        longest = self.llm.max_model_len
+        return [
+            Text(prompt + result.token_ids, len(prompt), min(longest, len(prompt) + o.max_tokens))
+            for prompt, result in zip(prompts, results, strict=True)
+        ]
+
+    def rows_of(self, name: str) -> list[EvalRow]:
+        """One drafter in its settings."""
+        if name == NGRAM:
+            counts = self.options.num_draft_tokens or (NgramDrafter().num_draft_tokens,)
+            return [self._row(name, "ngram", f"up to {n}", n, self._lookup(n), None) for n in counts]
+        first = self._make(name, self._base(), self.say)
+        settings = self._settings(first)
+        made = [self._make(name, setting) for _, setting in settings]
+        steps: list[list[AcceptanceStats]] = [[] for _ in settings]
+        for begin in range(0, len(self.texts), TEXTS):
+            texts = self.texts[begin : begin + TEXTS]
+            answers = [sample_of("", t.tokens[:-1], []) for t in texts]  # the last token was never computed
+            taps = [pair[0] for pair in self.states.of(answers, made[0].taps)]
+            for found, drafter in zip(steps, made, strict=True):
+                found += walk(drafter, texts, taps)
+        kind = "eagle3" if isinstance(first, Eagle3Drafter) else "dflash"
+        proxies: dict[int, Proxy | None] = {}
+        for drafter in made:
+            if drafter.max_depth not in proxies:  # a tree's first path is its chain
+                proxies[drafter.max_depth] = self._proxy(drafter)
+        return [
+            self._row(name, kind, label, drafter.num_draft_tokens, found, proxies[drafter.max_depth])
+            for (label, _), drafter, found in zip(settings, made, steps, strict=True)
+        ]
+
+    def _base(self) -> DrafterOptions:
+        """What every kind has."""
+        return DrafterOptions(tap_offset=self.options.tap_offset, rope_theta=self.options.rope_theta)
+
+    def _settings(self, drafter: Trained) -> list[tuple[str, DrafterOptions]]:
+        """Labelled."""
+        o, base = self.options, self._base()
+        if not isinstance(drafter, Eagle3Drafter):
+            most = drafter.num_draft_tokens
+            counts = dict.fromkeys(min(n, most) for n in o.num_draft_tokens or (most,))
+            return [(f"block of {n + 1}", replace(base, num_draft_tokens=n)) for n in counts]
+        steps, topk = o.num_steps or drafter.num_steps, o.eagle_topk or TREE_TOPK
+        settings = [(f"chain of {steps}", replace(base, num_steps=steps, eagle_topk=1))]
+        if topk > 1:
+            most = num_candidates(steps, topk) + 1
+            for rows in dict.fromkeys(min(n, most) for n in o.num_draft_tokens or (TREE_TOKENS,)):
+                tree = replace(base, num_steps=steps, eagle_topk=topk, num_draft_tokens=rows)
+                settings.append((f"tree {steps}/{topk}/{rows}", tree))
+        return settings
+
+    def _make(
+        self, name: str, setting: DrafterOptions, say: Callable[[str], None] = lambda line: None
+    ) -> Trained:
+        folder = locate(name, **self.reach).folder
+        drafter: Drafter = make_named(folder, setting, self.folder, say)(self.llm.model)
+        assert isinstance(drafter, Trained)
+        return drafter
+
+    def _lookup(self, num_drafts: int) -> list[AcceptanceStats]:
+        """Prompt lookup on the answers."""
+        if num_drafts not in self._lookups:
+            none = [None] * len(self.texts)
+            self._lookups[num_drafts] = walk(NgramDrafter(num_drafts), self.texts, none)
+        return self._lookups[num_drafts]
+
+    def _proxy(self, drafter: Trained) -> Proxy | None:
+        parts = []
+        for begin in range(0, len(self.samples), TEXTS):
+            samples: list[Sample] = self.samples[begin : begin + TEXTS]
+            taps = [pair[0] for pair in self.states.of(samples, drafter.taps)]
+            parts.append(teacher_forced(drafter, samples, taps, self.options.stride))
+        return pooled(parts, self.options.stride)
+
+    def _row(
+        self, name: str, kind: str, setting: str, num_drafts: int, steps: list[AcceptanceStats],
+        proxy: Proxy | None,
+    ) -> EvalRow:  # fmt: skip
+        return EvalRow(
+            drafter=name, kind=kind, setting=setting, num_drafts=num_drafts, target=self.mode,
+            per_prompt=tuple(steps), ngram=total(self._lookup(num_drafts)), repeated_8grams=self.repeated, proxy=proxy,
+        )  # fmt: skip
+
+
+def _with_differences(rows: Sequence[EvalRow]) -> Iterator[EvalRow]:
+    """Each row with its difference to the first target's of the same drafter and setting."""
+    first: dict[tuple[str, str], EvalRow] = {}
+    for row in rows:
+        before = first.setdefault((row.drafter, row.setting), row)
+        if before is row:
+            yield row
+            continue
+        proxy = None
+        if row.proxy is not None and before.proxy is not None:
+            proxy = paired_difference(row.proxy.runs, before.proxy.runs)
+        yield replace(
+            row, difference=paired_difference(row.per_prompt, before.per_prompt), proxy_difference=proxy
+        )
