@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,31 @@ from m27quant.checkpoint.tokenizer import Tokenizer
 from m27quant.errors import CheckpointError, UsageError, escape
 
 FILE = "generation_config.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prescription:
+    """What an output has to contain; between the parts the model is free, but nothing that stops (by id) is chosen."""
+
+    choices: tuple[tuple[int, ...], ...]
+    """One of these runs of tokens comes; none of them is the beginning of another."""
+    after: int | None = None
+    """Behind the first token of this id; None: at the very beginning."""
+    until: int | None = None
+    """Nothing stops before this token, either; None: behind the run all is free."""
+
+    def allowed(self, output: Sequence[int]) -> tuple[frozenset[int], bool]:
+        """(the only tokens that may come next, empty where all may; whether one that stops is among these)."""
+        begin = 0
+        if self.after is not None:
+            if self.after not in output:
+                return frozenset(), False
+            begin = output.index(self.after) + 1
+        count = len(output) - begin
+        open_ = [run for run in self.choices if len(run) > count and [*run[:count]] == [*output[begin:]]]
+        if open_:
+            return frozenset(run[count] for run in open_), False
+        return frozenset(), self.until is None or self.until in output[begin:]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +76,8 @@ class SamplingParams:
     """So many likeliest tokens are reported with each token's log probability; None: nothing is."""
     skip_special_tokens: bool = True
     """The text leaves special tokens out."""
+    prescribed: Prescription | None = None
+    """What the output has to contain."""
 
     def __post_init__(self) -> None:
         """Raise `UsageError` naming the field that cannot be."""

@@ -136,12 +136,13 @@ def _is_adjusted(row: Row) -> bool:
         p.repetition_penalty != 1
         or p.presence_penalty
         or p.frequency_penalty
+        or p.prescribed
         or len(row.tokens) - row.num_prompt < p.min_tokens
     )
 
 
 def _adjusted(logits_V: Tensor, row: Row) -> Tensor:
-    """Logits after penalties, with what stops excluded before `min_tokens`; the argument is left as it is."""
+    """Logits after penalties, without what `min_tokens` and `prescribed` exclude; the argument is left as it is."""
     if not _is_adjusted(row):
         return logits_V
     p, V = row.params, len(logits_V)
@@ -154,6 +155,14 @@ def _adjusted(logits_V: Tensor, row: Row) -> Tensor:
     if p.presence_penalty or p.frequency_penalty:
         counts = torch.bincount(tokens[row.num_prompt :], minlength=V).to(logits_V.device)
         logits_V -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
-    if len(row.tokens) - row.num_prompt < p.min_tokens:
+    may_stop = len(row.tokens) - row.num_prompt >= p.min_tokens
+    if p.prescribed is not None:
+        allowed, stops = p.prescribed.allowed(row.tokens[row.num_prompt :])
+        if allowed:
+            others = torch.ones(V, dtype=torch.bool, device=logits_V.device)
+            others[list(allowed)] = False
+            return logits_V.masked_fill(others, -math.inf)
+        may_stop = may_stop and stops
+    if not may_stop:
         logits_V[list(row.stop_ids)] = -math.inf
     return logits_V

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import m27quant
 from m27quant.errors import UsageError, escape
 from m27quant.runtime.api import LLM
+from m27quant.runtime.generation import Prescription
 from m27quant.serve import openapi
 from m27quant.serve.answer import Answer, refuse_overload
 from m27quant.serve.chat import ChatForm, prompt_of
@@ -33,6 +35,7 @@ from m27quant.serve.errors import (
 from m27quant.serve.forms import Form
 from m27quant.serve.limits import LOOPBACK_NAMES, ServerOptions, read_body
 from m27quant.serve.protocol import ChatRequest, CompletionRequest, Settings, parse
+from m27quant.serve.tools import prescription
 from m27quant.serve.worker import Mailbox, Ticket, Worker
 
 log = logging.getLogger("m27quant.serve")
@@ -55,11 +58,11 @@ class Service:
         body = await self._body(request)
         asked, raw = parse(ChatRequest, body)
         self._check(asked)
-        if asked.tool_choice not in (None, "auto", "none"):
-            raise invalid("tool_choice must be auto or none", param="tool_choice")
         prompt = await _beside(len(body), prompt_of, self.llm, asked, raw)
         form = ChatForm(self.llm, asked, raw, prompt, self.model)
-        return self._answer(form, [prompt.token_ids], asked)
+        assert self.llm.tokenizer is not None
+        prescribed = prescription(asked, self.llm.tokenizer, thinking=prompt.thinking)
+        return self._answer(form, [prompt.token_ids], asked, prescribed)
 
     async def completion(self, request: Request) -> Response:
         body = await self._body(request)
@@ -104,7 +107,9 @@ class Service:
         if most is not None and (asked.wanted_tokens or 0) > most:
             raise invalid(f"an answer has at most {most} tokens on this server", param="max_tokens")
 
-    def _answer(self, form: Form, prompts: list[list[int]], asked: Settings) -> Response:
+    def _answer(
+        self, form: Form, prompts: list[list[int]], asked: Settings, prescribed: Prescription | None = None
+    ) -> Response:
         n = asked.n or 1
         if form.num_choices > self.options.max_choices:
             raise invalid(
@@ -116,7 +121,7 @@ class Service:
         stream = bool(asked.stream)
         tickets = []
         for index in range(form.num_choices):
-            params = asked.sampling(index % n, self.options.max_tokens)
+            params = replace(asked.sampling(index % n, self.options.max_tokens), prescribed=prescribed)
             tickets.append(Ticket(index, prompts[index // n], params, mailbox, stream))
         try:
             self.llm.generation.complete(tickets[0].params, self.llm.model.config.vocab_size)

@@ -17,6 +17,7 @@ from m27quant.serve.errors import from_fault, invalid
 from m27quant.serve.forms import Form, choice_json, to_json
 from m27quant.serve.logprobs import chat_logprobs
 from m27quant.serve.protocol import ChatRequest
+from m27quant.serve.tools import may_call
 from m27quant.serve.worker import Piece
 
 FIELDS = {"thinking": "reasoning_content", "content": "content"}
@@ -45,7 +46,7 @@ def prompt_of(llm: LLM, asked: ChatRequest, raw: Mapping[str, Any]) -> ChatPromp
                 "chat_template_kwargs has a name that is not the template's", param="chat_template_kwargs"
             )
     messages = [_turn(message) for message in raw["messages"]]
-    tools = raw.get("tools") if _may_call(asked) else None
+    tools = raw.get("tools") if may_call(asked) else None
     try:
         return chat_prompt(
             llm.tokenizer, messages, tools=tools or None, thinking=thinking, template_arguments=arguments
@@ -68,15 +69,9 @@ def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
         turn["role"] = "system"
     if turn.get("reasoning_content") is None and turn.get("reasoning") is not None:
         turn["reasoning_content"] = turn["reasoning"]
-    if turn.get("content") is None:
-        turn["content"] = ""
     if turn.get("tool_calls") is None:
         turn.pop("tool_calls", None)
     return turn
-
-
-def _may_call(asked: ChatRequest) -> bool:
-    return bool(asked.tools) and asked.tool_choice != "none"
 
 
 class ChatForm(Form):
@@ -90,7 +85,7 @@ class ChatForm(Form):
         super().__init__(asked, model, asked.n or 1)
         self._tokenizer, self._thinking = llm.tokenizer, prompt.thinking
         self._asked = asked
-        tools = raw.get("tools") if _may_call(asked) else None
+        tools = raw.get("tools") if may_call(asked) else None
         self._replies = [
             _Reply(ReplyParser(tools, thinking=prompt.thinking, calls=bool(tools)), asked)
             for _ in range(self.num_choices)
