@@ -131,14 +131,14 @@ def _document(result: TrainResult) -> dict[str, Any]:
     return {
         "out": str(result.out), "kind": result.kind, "steps": result.steps, "loss": result.loss,
         "accuracy": list(result.accuracy), "heldout": result.heldout, "parameters": result.parameters,
-        "file_bytes": result.file_bytes, "elapsed_s": round(result.elapsed_s, 3), "was_complete": result.was_complete,
+        "tensor_bytes": result.tensor_bytes, "elapsed_s": round(result.elapsed_s, 3), "was_complete": result.was_complete,
     }  # fmt: skip
 
 
 def _summary(result: TrainResult) -> RenderableType:
     facts = {
         "drafter": str(result.out),
-        "parameters": f"{result.parameters:,} of its own, {format_size(result.file_bytes)}",
+        "parameters": f"{result.parameters:,} of its own, {format_size(result.tensor_bytes)}",
         "training": f"{result.steps:,} steps, loss {result.loss:.4f} at the end",
         "accuracy": _shares(result.accuracy) + " by position, what came before being given",
     }

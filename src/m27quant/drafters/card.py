@@ -103,7 +103,7 @@ def _what(s: Shape, target: str, config: Mapping[str, Any]) -> str:
 def _sizes(s: Shape, config: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
     layers = f"{s.num_hidden_layers} layers" if s.num_hidden_layers > 1 else "one layer"
     facts = {
-        "parameters": f"{result['parameters']:,} of its own, {result['file_bytes'] / 1e6:,.2f} MB in BF16",
+        "parameters": f"{result['parameters']:,} of its own, {result['tensor_bytes'] / 1e6:,.2f} MB in BF16",
         "architecture": f"{layers}, {s.num_attention_heads}/{s.num_key_value_heads} heads of {s.head_dim}, "
         f"hidden {s.hidden_size}, MLP {s.intermediate_size}, rope_theta {s.rope_theta:g}",
         "taps": taps_statement(s.hidden_states, config),

@@ -17,7 +17,7 @@ from m27quant.drafters.card import CURVE, render
 from m27quant.drafters.curve import draw
 from m27quant.drafters.prepare import Prepared
 from m27quant.drafters.presets import Shape
-from m27quant.drafters.state import CONFIG, WEIGHTS, TrainingFolder
+from m27quant.drafters.state import CONFIG, TrainingFolder
 
 CARD = "README.md"
 
@@ -101,7 +101,7 @@ def write_drafter(
         "accuracy": [_mean([entry["accuracy"][k] for entry in steps]) for k in range(places)],
         "heldout": {k: v for k, v in evaluations[-1].items() if k != "event"} if evaluations else None,
         "parameters": sum(master.numel() for master in masters.values()),
-        "file_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+        "tensor_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
     }
     documents = {
         CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
@@ -109,7 +109,7 @@ def write_drafter(
         CARD: render(plan, config, result, command=command).encode(),
     }
     folder.finish(documents, tensors, result)
-    return result | {"file_bytes": (folder.out / WEIGHTS).stat().st_size}
+    return result
 
 
 def _mean(values: Sequence[float]) -> float:

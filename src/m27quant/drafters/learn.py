@@ -36,8 +36,8 @@ class StepReport:
     """Before clipping."""
     lr: float
     tokens: int
-    stop: bool
-    """Some rank was asked to stop."""
+    stop: int
+    """The signal by which some rank was asked to stop; 0: none was."""
 
     @property
     def is_finite(self) -> bool:
@@ -86,23 +86,24 @@ class Learner:
         states = self.states.of(samples, self.plan.recipe.shape.hidden_states)
         return batch_of(samples, states, dtype=self.dtype, device=self.device)
 
-    def step(self, step: int, *, stop: bool) -> StepReport:
+    def step(self, step: int, *, stop: int = 0) -> StepReport:
         """Learn from batch `step`; where loss or gradient is not finite, nothing is changed."""
         recipe, plan = self.plan.recipe, self.plan
         drawn = plan.order.batch(step)
         grads, sums = self._gradients(drawn, step)
         tokens = sum(len(plan.samples[d.index]) for d in drawn)
-        sums = torch.cat([sums, torch.tensor([float(stop)], dtype=torch.float64)])
+        sums = torch.cat([sums, torch.tensor([stop, stop != 0], dtype=torch.float64)])
         if self.ranks.size > 1:
             add_up(grads.values(), self.ranks)
             on_device = sums.to(self.device)
             add_up([on_device], self.ranks)
             sums = on_device.cpu()
-        weight, total, *places, stopped = sums.tolist()
+        weight, total, *places, signals, stopped = sums.tolist()
         norm_before = global_norm(grads) / weight
         grad_norm = norm_before.item()
         scale = lr_scale(step, plan.steps, recipe.warmup, recipe.schedule)
-        report = _report(weight, total, places, grad_norm, recipe.lr * scale, tokens, stopped > 0)
+        stopping = round(signals / stopped) if stopped else 0
+        report = _report(weight, total, places, grad_norm, recipe.lr * scale, tokens, stopping)
         if report.is_finite:
             torch._foreach_mul_(list(grads.values()), min(1.0, recipe.clip / (grad_norm + 1e-6)) / weight)
             self.optimizer.step(grads, scale)
@@ -137,7 +138,7 @@ def _sums(report: LossReport) -> Tensor:
 
 
 def _report(
-    weight: float, total: float, places: list[float], grad_norm: float, lr: float, tokens: int, stop: bool
+    weight: float, total: float, places: list[float], grad_norm: float, lr: float, tokens: int, stop: int
 ) -> StepReport:
     P = len(places) // 4
     losses, hits, chains, counts = (places[k * P : (k + 1) * P] for k in range(4))

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from m27quant.checkpoint.buffers import byte_view
-from m27quant.checkpoint.drafter_weights import read_tensor
+from m27quant.checkpoint.drafter_weights import read_bytes_of
 from m27quant.checkpoint.durable import durable_file, pwrite_all
-from m27quant.checkpoint.header import read_header
+from m27quant.checkpoint.header import TensorInfo, read_header
 from m27quant.checkpoint.names import TensorSpec
 from m27quant.checkpoint.writer import plan_shard
+from m27quant.errors import CheckpointError, escape
 
 DTYPES = {
     torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8",
@@ -42,4 +43,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: damaged.
         EnvironmentFault: not readable.
     """
-    return {name: read_tensor(info) for name, info in read_header(path).tensors.items()}
+    return {name: _read(info) for name, info in read_header(path).tensors.items()}
+
+
+def _read(info: TensorInfo) -> Tensor:
+    dtypes = {tag: dtype for dtype, tag in DTYPES.items()}
+    if info.dtype not in dtypes:
+        raise CheckpointError(
+            f"tensor '{escape(info.name)}' has dtype {info.dtype}", hint="start again with --overwrite"
+        )
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    if info.nbytes:
+        read_bytes_of(info, byte_view(raw))
+    return raw.view(dtypes[info.dtype]).view(info.shape)

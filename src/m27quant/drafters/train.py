@@ -18,7 +18,7 @@ import torch
 from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.workspace import check_same
 from m27quant.drafters.batch import Shared
-from m27quant.drafters.distributed import leave, told_by_first
+from m27quant.drafters.distributed import by_first, leave
 from m27quant.drafters.drafting import drafting_of
 from m27quant.drafters.export import write_drafter
 from m27quant.drafters.learn import Learner, StepReport
@@ -58,7 +58,7 @@ class TrainResult:
     heldout: dict[str, Any] | None
     """The last evaluation: val_loss, accuracy, c_k, tau, m_accept, blocks."""
     parameters: int
-    file_bytes: int
+    tensor_bytes: int
     elapsed_s: float
     """Of this process."""
     was_complete: bool = False
@@ -106,17 +106,19 @@ def train_drafter(
     folder = TrainingFolder(out)
     ranks = join(device)
     try:
-        if ranks.rank == 0:
-            folder.check(resume=options.resume, overwrite=options.overwrite)  # before anything long
+        by_first(
+            ranks, lambda: folder.check(resume=options.resume, overwrite=options.overwrite)
+        )  # before the work
         plan = prepare(kind, str(target), paths, options, ranks.size, say)
-        if _is_done(folder, plan, options, ranks):
-            result = (folder.record() or {})["result"]
-            return _result(out, result, started, was_complete=True)
-        if ranks.rank == 0:
-            folder.open(
+        if (done := by_first(ranks, lambda: _finished(folder, plan, options))) is not None:
+            return _result(out, done, started, was_complete=True)
+        by_first(
+            ranks,
+            lambda: folder.open(
                 plan.fingerprint, resume=options.resume, overwrite=options.overwrite,
                 force_unlock=options.force_unlock,
-            )  # fmt: skip
+            ),
+        )  # fmt: skip
         run = _Run(plan, options, folder, ranks, device, progress, stop, say)
         return _result(out, run.to_the_end(command), started)
     finally:
@@ -131,11 +133,13 @@ def _check_paths(out: Path, inputs: Sequence[str]) -> None:
             raise UsageError(f"{escape(out)} lies in the input {escape(path)}", hint="choose another OUT")
 
 
-def _is_done(folder: TrainingFolder, plan: Prepared, options: TrainOptions, ranks: Ranks) -> bool:
-    done = ranks.rank == 0 and options.resume and folder.is_finished()
-    if done:
-        check_same((folder.record() or {})["fingerprint"], plan.fingerprint)
-    return bool(told_by_first(done, ranks))
+def _finished(folder: TrainingFolder, plan: Prepared, options: TrainOptions) -> dict[str, Any] | None:
+    """What a resume finds where nothing is left to do."""
+    if not options.resume or not folder.is_finished():
+        return None
+    record = folder.record() or {}
+    check_same(record["fingerprint"], plan.fingerprint)
+    return dict(record["result"])
 
 
 def _result(out: Path, found: dict[str, Any], started: float, *, was_complete: bool = False) -> TrainResult:
@@ -207,10 +211,14 @@ class _Run:
 
     def _begin(self) -> None:
         """Go on from the last state, if there is one."""
-        state = self.folder.load() if self.is_first else None
-        step = told_by_first(0 if state is None else state.step, self.ranks)
-        if step and not self.is_first:
-            state = self.folder.load()
+        found: list[State | None] = []
+
+        def first_step() -> int:
+            found.append(self.folder.load())
+            return 0 if found[0] is None else found[0].step
+
+        step = by_first(self.ranks, first_step)
+        state = found[0] if found else self.folder.load() if step else None
         if step and (state is None or state.step != step):
             raise EnvironmentFault(
                 f"rank {self.ranks.rank} does not see the state of step {step} in {escape(self.folder.out)}",
@@ -238,7 +246,7 @@ class _Run:
     def _one_step(self) -> None:
         begun = time.monotonic()
         asked = self._asked_to_stop()
-        report = self.learner.step(self.step, stop=asked is not None)
+        report = self.learner.step(self.step, stop=0 if asked is None else asked.exit_code - 128)
         self._refuse_non_finite(report)
         self.step += 1
         self.seconds += (took := time.monotonic() - begun)
@@ -248,7 +256,9 @@ class _Run:
         if report.stop:
             if self.is_first:
                 self._save()
-            raise asked or Interrupted("another rank was stopped; what was finished is kept")
+            raise asked or Interrupted(
+                "another rank was stopped; what was finished is kept", signum=report.stop
+            )
         if self.is_first and self.pace.is_due(self.step, self.plan.steps):
             self._save()
 
@@ -296,11 +306,13 @@ class _Run:
             self.folder.save(self.step, facts, self.learner.optimizer.state())
 
     def _finish(self, command: str | None) -> dict[str, Any]:
-        result: dict[str, Any] | None = None
-        if self.is_first:
-            result = write_drafter(
+        def write() -> dict[str, Any]:
+            return write_drafter(
                 self.plan, self.learner.optimizer.masters, self.drafting.tables(), self.log.read(), self.folder,
                 layout=self.options.layout, command=command, last=LAST,
             )  # fmt: skip
+
+        result = by_first(self.ranks, write)
+        if self.is_first:
             remove_folder(self._cache)
-        return told_by_first(result, self.ranks)  # type: ignore[no-any-return]  # as it was sent
+        return result
