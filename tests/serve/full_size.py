@@ -56,8 +56,7 @@ def write_drafter(folder: Path, config: dict[str, Any]) -> Path:
     parsed = parse_drafter(config, Findings())
     assert parsed is not None
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        name: ("BF16", shape)
-        for name, shape in expected_tensors(parsed, 5 if parsed.kind == "dflash" else 3)
+        name: ("BF16", shape) for name, shape in expected_tensors(parsed, 5 if parsed.kind == "dflash" else 3)
     }
     if parsed.kind == "eagle3":
         shapes |= {

@@ -82,7 +82,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_commands_are_the_golden_ones(engine: Engine, models: Path) -> None:
     written = (GOLDEN / f"{engine}.txt").read_text()
-    assert "\n".join(table(engine, models)) == written, "run `python -m tests.serve.test_golden` and read the diff"
+    assert "\n".join(table(engine, models)) == written, (
+        "run `python -m tests.serve.test_golden` and read the diff"
+    )
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def push(
 def silence_hub(output: Output, no_progress: bool) -> None:
     """The Hub's client draws bars of its own on stderr, where JSON and quiet modes want none."""
     if no_progress or output.mode is not Mode.HUMAN or not output.stderr.isatty():
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
 
