@@ -14,6 +14,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from m27quant.bench.requests import BenchOptions
+    from m27quant.bench.result import BenchResult
+    from m27quant.bench.run import bench_checkpoint, bench_server
     from m27quant.checkpoint.overview import Overview, inspect_checkpoint
     from m27quant.drafters.evaluate import EvalOptions, EvalResult, evaluate_drafter
     from m27quant.drafters.generate import DataOptions, DataResult, generate_drafter_data
@@ -32,6 +35,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "BenchOptions": "m27quant.bench.requests",
+    "BenchResult": "m27quant.bench.result",
+    "bench_checkpoint": "m27quant.bench.run",
+    "bench_server": "m27quant.bench.run",
     "DataOptions": "m27quant.drafters.generate",
     "DataResult": "m27quant.drafters.generate",
     "DryRun": "m27quant.estimate",
@@ -60,6 +67,8 @@ _LAZY = {
 
 __all__ = [
     "LLM",
+    "BenchOptions",
+    "BenchResult",
     "DataOptions",
     "DataResult",
     "DryRun",
@@ -76,6 +85,8 @@ __all__ = [
     "TrainResult",
     "VerifyResult",
     "__version__",
+    "bench_checkpoint",
+    "bench_server",
     "dry_run",
     "evaluate_drafter",
     "generate_drafter_data",

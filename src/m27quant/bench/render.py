@@ -176,9 +176,9 @@ def _ms(spread: Spread | None) -> str:
 
 
 def lines(result: BenchResult) -> Sequence[str]:
-    """Bare values for scripts: task, concurrency, setting, tokens/s and tau, a tab between them."""
+    """Bare values for scripts: task, concurrency, setting, tokens/s and tau, ` | ` between them."""
     found = []
     for c in result.cells:
         tau = NONE if c.acceptance.tau is None else f"{c.acceptance.tau:.4f}"
-        found.append("\t".join((*_place(c), f"{c.tokens_per_s:.2f}", tau)))
+        found.append(" | ".join((*_place(c), f"{c.tokens_per_s:.2f}", tau)))
     return found
