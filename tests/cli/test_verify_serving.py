@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from m27quant.cli.app import main
-from tests import drafters
+from tests import drafter_files as drafters
 
 
 def facts(out: str) -> dict[str, dict[str, object]]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests import drafters as d
-from tests.drafters import Tensors
+from tests import drafter_files as d
+from tests.drafter_files import Tensors
 
 Edit = Callable[[dict[str, Any], Tensors], None]
 

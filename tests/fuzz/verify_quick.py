@@ -32,7 +32,7 @@ from m27quant import verify_checkpoint
 from m27quant.errors import M27Error
 from m27quant.verify.configs import SPECIAL_TOKENS
 from m27quant.verify.serving import Serving
-from tests import drafters
+from tests import drafter_files as drafters
 from tests.checkpoints import Shape
 from tests.faults import corruptions as c
 from tests.verify.sparse import write_sparse

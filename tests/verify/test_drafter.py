@@ -14,7 +14,7 @@ from m27quant.verify.checks import CHECKS
 from m27quant.verify.collect import Findings
 from m27quant.verify.drafter import check_drafter
 from m27quant.verify.findings import Severity
-from tests import drafters as d
+from tests import drafter_files as d
 from tests.faults.corruptions import HOSTILE_NAMES
 from tests.faults.drafters import FAULTS, Fault
 from tests.verify.conftest import SMALL
