@@ -18,6 +18,18 @@ LOGIT_ATOL: Final = 2e-5
 DRAFTER_ATOL: Final = 1e-5
 """Hidden states of a drafter in F32 against float64: values of order one, sums of a few dozen terms."""
 
+F64: Final = 1e-10
+"""Loss and gradient behind a head in float64 against a second derivation, values up to some tens: only the order of
+summation differs."""
+
+TRAINING_F64: Final = 1e-6
+"""Losses and gradients of whole drafters in float64 against a second derivation: angles and tables of the rotation are F32,
+as they are at inference.  Measured: 1e-8."""
+
+GRADIENT_BF16_DB: Final = 25.0
+"""Gradients of a small drafter computed in BF16 against float64, all parameters together: a few dozen roundings of 2**-9
+each, one after the other, of activations and of what comes back; a wrong term costs all signal."""
+
 AMAX_BF16_STEPS: Final = 1
 """Ranges of activations against modelopt's, in steps of BF16 at that value: its batches are other chunks than ours,
 and a product's last bit may depend on how many rows are multiplied at once."""

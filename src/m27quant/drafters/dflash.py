@@ -57,16 +57,15 @@ def sample_anchors(
         (anchors int64 [B, A], valid bool [B, A]): A is `anchors_per_seq`, or less where no sequence has so many; what
         is not valid is 0 and comes last.
     """
-    learned = batch.learned_BT()[:, 1:]
-    draws = torch.full(learned.shape, -1.0)
+    written = F.pad(batch.learned_BT()[:, 1:], (0, 1))  # of the token that follows
+    draws = torch.zeros(written.shape)
     for row, (generator, length) in enumerate(zip(generators, batch.lengths_B.tolist(), strict=True)):
-        draws[row, : max(0, length - 1)] = torch.rand(max(0, length - 1), generator=generator)
-    draws = draws.to(learned.device).masked_fill(~learned, -1.0)
-    most = min(anchors_per_seq, max(1, int(learned.sum(1).max()))) if learned.numel() else 0
-    chosen = draws.topk(most, dim=1)
-    late = learned.shape[1]
-    anchors = chosen.indices.masked_fill(chosen.values < 0, late).sort(1).values
-    valid = anchors < late
+        draws[row, :length] = torch.rand(length, generator=generator)
+    draws = draws.to(written.device).masked_fill(~written, -1.0)
+    most = min(anchors_per_seq, max(1, int(written.sum(1).max())))
+    chosen, none = draws.topk(most, dim=1), written.shape[1]
+    anchors = chosen.indices.masked_fill(chosen.values < 0, none).sort(1).values
+    valid = anchors < none
     return anchors.masked_fill(~valid, 0), valid
 
 
@@ -137,7 +136,7 @@ def block_hidden(
         [B, A, K, D], or of the wanted slots [number, D].
     """
     (B, A), K, eps, dtype = anchors_BA.shape, block, spec.rms_norm_eps, p["fc.weight"].dtype
-    t, last = int(anchors_BA.max()), spec.num_hidden_layers - 1
+    t, last = max(1, int(anchors_BA.max())), spec.num_hidden_layers - 1
     taps = batch.taps_BTF[:, :t].flatten(0, 1).to(dtype)
     context = rms_norm(F.linear(taps, p["fc.weight"]), p["hidden_norm.weight"], eps)
     slots = torch.arange(K, device=anchors_BA.device)

@@ -113,7 +113,8 @@ class _Norm(torch.autograd.Function):
 def rotary(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [..., 1, C] of positions [...], of any shape."""
     cos, sin = rope.table(positions.flatten(), dtype)
-    return cos.view(*positions.shape, 1, -1), sin.view(*positions.shape, 1, -1)
+    shape = (*positions.shape, 1, cos.shape[-1])
+    return cos.view(shape), sin.view(shape)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
