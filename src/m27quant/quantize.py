@@ -81,8 +81,8 @@ def quantize_checkpoint(
     started = time.monotonic()
 
     def look() -> None:
+        ranks.check()  # first: a launcher sends signals to all where one has died
         stop()
-        ranks.check()
 
     try:
         work = _lead if ranks.is_first else _follow

@@ -66,6 +66,15 @@ MoeCalib = Annotated[
         help="full: every expert sees every token, as with top-k forced to all; natural: routed ones only.",
     ),
 ]
+NumProcesses = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Processes on this machine that share the work; one per visible GPU, else one.",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.", rich_help_panel=RUN)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what m27quant made in OUT before.", rich_help_panel=RUN)
@@ -91,6 +100,7 @@ def quantize(
     moe_calib: MoeCalib = None,
     seed: shared.Seed = 0,
     device: shared.Device = "auto",
+    num_processes: NumProcesses = None,
     max_memory: shared.MaxMemory = None,
     max_shard_size: shared.MaxShardSize = None,
     dry_run: DryRunOption = False,
@@ -120,10 +130,9 @@ def quantize(
     output = Output.open(json=json, quiet=quiet, verbose=verbose)
     # Read when torch's thread pool is loaded: threads that spin at barriers make a shared machine crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from m27quant.distributed.join import working_together
     from m27quant.prepare import DEFAULT_SHARD_BYTES, Options
     from m27quant.quantize import quantize_checkpoint
-    from m27quant.runtime.parallel import local_device
+    from m27quant.workers import working_together
 
     chosen = Options(
         recipe=recipe,
@@ -131,7 +140,7 @@ def quantize(
         num_samples=num_samples,
         seq_len=seq_len,
         moe_calib=moe_calib,  # type: ignore[arg-type]  # checked above
-        device=local_device(device),
+        device=device,
         max_memory=max_memory,
         max_shard_size=max_shard_size or DEFAULT_SHARD_BYTES,
         resume=resume,
@@ -155,14 +164,14 @@ def quantize(
         return
     with (
         graceful(output, resume_command()) as stop,
-        working_together(stop) as ranks,
+        working_together(model, out, chosen, num_processes, stop) as (ranks, mine),
         _one_voice(ranks),
         show(output, enabled=ranks.is_first and not no_progress) as progress,
     ):
         result = quantize_checkpoint(
             model,
             out,
-            chosen,
+            mine,
             progress=progress,
             stop=stop,
             say=say if ranks.is_first else _hush,

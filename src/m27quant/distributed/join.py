@@ -7,8 +7,9 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 
 from m27quant.distributed.channel import Channel
 from m27quant.distributed.ranks import ALONE, Peer, Ranks, introduction
@@ -109,7 +110,9 @@ def join(stop: Callable[[], None] = lambda: None) -> Ranks:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, _, _ = next(rendezvous("env://", rank=rank, world_size=size))
+        store, _, _ = next(
+            rendezvous("env://", rank=rank, world_size=size, timeout=timedelta(seconds=JOIN_S))
+        )
         host = os.environ["MASTER_ADDR"]
         if rank == 0:
             meeting = Meeting(LOOPBACK if local_size == size else _own_address(host))
@@ -139,16 +142,3 @@ def _number(name: str, default: int | None = None) -> int:
             f"{name}={text!r} in the environment is no number", hint="start the ranks with torchrun"
         )
     return int(text)
-
-
-@contextmanager
-def working_together(stop: Callable[[], None]) -> Iterator[Ranks]:
-    """`join`, and hang up at the end."""
-    ranks = join(stop)
-    try:
-        yield ranks
-    except BaseException as fault:
-        ranks.fail(fault)
-        raise
-    finally:
-        ranks.close()

@@ -111,8 +111,8 @@ class Ranks:
 
     def _next(self, peer: Peer, step: str, stop: Callable[[], None]) -> dict[str, Any]:
         while True:
-            stop()
             self.check()
+            stop()
             try:
                 message = peer.inbox.get(timeout=LOOK_S)
             except queue.Empty:

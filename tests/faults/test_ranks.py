@@ -1,0 +1,224 @@
+"""Several ranks as processes: the bytes of one, whoever is killed and however many go on afterwards."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.conftest import Case
+from tests.faults.harness import (
+    KILLED,
+    Finished,
+    Process,
+    Program,
+    Setup,
+    passes_for_a_checkpoint,
+    tree,
+    units_done,
+    until,
+    visible,
+)
+
+SMALL_CHUNKS = ("set_attribute", "m27quant.calib.memory.CHUNK_TOKENS", {"cpu": 40})
+"""One row of the case to a chunk: six to deal out."""
+PATIENCE = ("set_attribute", "m27quant.distributed.join.JOIN_S", 10)
+"""Seconds to wait for ranks that were killed before they came: nobody launched these who would tell."""
+SLOW = ("slowly", 0.05)
+
+
+@pytest.fixture(scope="module")
+def expected(program: Program, case: Case, fast_folder: Path) -> dict[str, str]:
+    """What one process makes of the case in small chunks."""
+    out = fast_folder / "in-small-chunks"
+    assert program.run(*case.argv(out), setup=[SMALL_CHUNKS]).code == 0
+    return tree(out)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def launch(
+    program: Program,
+    argv: tuple[str, ...],
+    size: int,
+    *,
+    setup: list[Setup] | None = None,
+    only: dict[int, dict[str, Any]] | None = None,
+) -> list[Process]:
+    """Begin `size` ranks as a launcher does; `only` has further arguments of `start` for some ranks."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    processes = []
+    for rank in range(size):
+        extra = dict((only or {}).get(rank, {}))
+        env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+        env |= extra.pop("env", {})
+        more = [SMALL_CHUNKS, PATIENCE, *(setup or []), *extra.pop("setup", [])]
+        processes.append(program.start(*argv, *extra.pop("argv", ()), env=env, setup=more))
+    return processes
+
+
+def together(program: Program, argv: tuple[str, ...], size: int, **options: Any) -> list[Finished]:
+    return [process.wait() for process in launch(program, argv, size, **options)]
+
+
+def resumes(program: Program, case: Case, out: Path, size: int, expected: dict[str, str]) -> None:
+    """`--resume` on `size` ranks ends well, with the expected files and no other."""
+    ended = together(program, case.argv(out, "--resume"), size)
+    assert [e.code for e in ended] == [0] * size, [e.err for e in ended]
+    assert tree(out) == expected
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_number_of_ranks_gives_the_bytes_of_one(
+    size: int, program: Program, case: Case, out: Path, expected: dict[str, str]
+) -> None:
+    ended = together(program, case.argv(out), size)
+    assert [e.code for e in ended] == [0] * size, [e.err for e in ended]
+    assert tree(out) == expected
+    assert ended[0].out.startswith("done")
+    assert [(e.out, e.err) for e in ended[1:]] == [("", "")] * (size - 1), "one of them talks"
+
+
+def test_more_ranks_than_chunks_and_experts(program: Program, case: Case, out: Path, tmp_path: Path) -> None:
+    options = ("--moe-calib", "natural", "--max-shard-size", "4kB")
+    assert program.run(*case.argv(tmp_path / "one", *options), setup=[SMALL_CHUNKS]).code == 0
+    ended = together(program, case.argv(out, *options), 7)
+    assert [e.code for e in ended] == [0] * 7, [e.err for e in ended]
+    assert tree(out) == tree(tmp_path / "one")
+
+
+def test_a_rank_that_is_killed_stops_all_and_is_named(
+    program: Program, case: Case, out: Path, expected: dict[str, str]
+) -> None:
+    ranks = launch(program, case.argv(out), 3, setup=[SLOW])
+    until(lambda: units_done(out) >= 2)
+    ranks[2].kill()
+    killed = time.monotonic()
+    ended = [rank.wait() for rank in ranks[:2]]
+    assert time.monotonic() - killed < 10, "no timeout has to pass"
+    assert [e.code for e in ended] == [4, 4], [e.err for e in ended]
+    assert f"rank 2 of 3 (process {ranks[2].pid} on {socket.gethostname()}) is gone" in ended[0].err
+    assert "--resume" in ended[0].err
+    assert ended[1].err == ""
+    assert visible(out) == {}
+    resumes(program, case, out, 2, expected)
+
+
+def test_the_second_speaks_where_the_first_is_killed(
+    program: Program, case: Case, out: Path, expected: dict[str, str]
+) -> None:
+    ranks = launch(program, case.argv(out), 3, setup=[SLOW])
+    until(lambda: units_done(out) >= 2)
+    ranks[0].kill()
+    ended = [rank.wait() for rank in ranks[1:]]
+    assert [e.code for e in ended] == [4, 4], [e.err for e in ended]
+    assert "rank 0 of 3" in ended[0].err
+    assert "is gone" in ended[0].err
+    assert ended[1].err == ""
+    ended[0] = program.run(*case.argv(out, "--resume"), setup=[SMALL_CHUNKS])
+    assert (ended[0].code, tree(out)) == (0, expected), ended[0].err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all_where_they_can_go_on(
+    rank: int, program: Program, case: Case, out: Path, expected: dict[str, str]
+) -> None:
+    ranks = launch(program, case.argv(out), 2, setup=[SLOW])
+    until(lambda: units_done(out) >= 2)
+    ranks[rank].send(signal.SIGTERM)
+    ended = [r.wait() for r in ranks]
+    assert [e.code for e in ended] == [143, 143], [e.err for e in ended]
+    assert "stopped by SIGTERM" in ended[0].err
+    assert "torchrun --nproc-per-node 2 -m m27quant quantize" in ended[0].err
+    assert "Traceback" not in ended[0].err + ended[1].err
+    resumes(program, case, out, 4, expected)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("point", ["tensor-written:20", "tensor-written:60"])
+def test_a_full_disk_on_one_rank(
+    rank: int, point: str, program: Program, case: Case, out: Path, expected: dict[str, str]
+) -> None:
+    fault = {rank: {"env": {"M27QUANT_FAULT": f"{point}:enospc"}}}
+    ended = together(program, case.argv(out), 2, only=fault)
+    assert [e.code for e in ended] == [4, 4], [e.err for e in ended]
+    assert "no space left" in ended[0].err
+    assert ("rank 1 of 2: " in ended[0].err) == (rank == 1)
+    assert ended[1].err == ""
+    assert not list(out.rglob(".tmp-*"))
+    if (out / ".m27quant" / "journal.jsonl").exists():
+        resumes(program, case, out, 3, expected)
+
+
+@pytest.mark.parametrize("point", ["tensor-written:40", "layer-computed:2"])
+def test_the_others_death_at_a_point(
+    point: str, program: Program, case: Case, out: Path, expected: dict[str, str]
+) -> None:
+    ended = together(program, case.argv(out), 2, only={1: {"env": {"M27QUANT_FAULT": point}}})
+    assert [e.code for e in ended] == [4, KILLED]
+    resumes(program, case, out, 1, expected)
+
+
+def test_other_inputs_on_one_rank_are_refused(program: Program, case: Case, out: Path) -> None:
+    """Another node with another version: nothing is begun with it."""
+    other = {1: {"setup": [("set_attribute", "torch.__version__", "9.9.9")]}}
+    ended = together(program, case.argv(out), 2, only=other)
+    assert [e.code for e in ended] == [2, 2], [e.err for e in ended]
+    assert "rank 1 of 2: " in ended[0].err
+    assert "torch: " in ended[0].err
+    assert not out.exists()
+
+
+def test_what_is_wrong_before_the_work_is_said_once(program: Program, case: Case, out: Path) -> None:
+    argv = ("quantize", str(case.model.parent / "nowhere"), str(out), "--dataset", str(case.rows))
+    ended = together(program, argv, 2)
+    assert ended[0].code == ended[1].code != 0
+    assert "nowhere" in ended[0].err
+    assert ended[1].err == ""
+
+
+def kill_one_at_random(
+    program: Program, case: Case, out: Path, expected: dict[str, str], *, kills: int, seed: int
+) -> None:
+    """Runs that continue each other, of one to four ranks, each losing one of its ranks at a random time."""
+    chance = random.Random(seed)
+    seconds = 1.5
+    while kills:
+        size = chance.randint(1, 4)
+        ranks = launch(program, case.argv(out, "--resume"), size)
+        time.sleep(chance.uniform(0.02, seconds))
+        victim = chance.randrange(size)
+        ranks[victim].send(signal.SIGKILL)
+        ended = [rank.wait() for rank in ranks]
+        if ended[victim].code == 0:
+            assert [e.code for e in ended] == [0] * size, [e.err for e in ended]
+            assert tree(out) == expected
+            shutil.rmtree(out)
+            seconds *= 0.7
+            continue
+        kills -= 1
+        assert ended[victim].code == -signal.SIGKILL
+        for rank, end in enumerate(ended):
+            assert "Traceback" not in end.err, end.err
+            assert rank == victim or end.code in (0, 4), end.err
+        if passes_for_a_checkpoint(out):
+            assert visible(out) == {n: d for n, d in expected.items() if not n.startswith(".m27quant/")}
+    resumes(program, case, out, chance.randint(1, 4), expected)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_random_times(
+    seed: int, program: Program, case: Case, out: Path, expected: dict[str, str]
+) -> None:
+    kills = int(os.environ.get("RANK_KILLS", "4"))
+    kill_one_at_random(program, case, out, expected, kills=kills, seed=seed)
