@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--concurrency", default="1,8,32")
     parser.add_argument("--answers", type=int, default=2, help="of each client in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--checkpoint", type=Path, help="take this one instead of quantizing tiny-m27")
     parser.add_argument("--save", action="store_true", help="write JSON and markdown to benchmarks/results/")
     parser.add_argument("--serve", metavar="CHECKPOINT", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -52,9 +53,10 @@ def main() -> None:
         sys.exit(_serve(args.serve))
     before = machine.facts()
     with tempfile.TemporaryDirectory(prefix="m27quant-") as folder:
-        checkpoint = Path(folder) / "model"
-        rows = str(TINY / "calibration.jsonl")
-        m27quant.quantize_checkpoint(str(TINY), checkpoint, dataset=rows, num_samples=64, seq_len=256)
+        checkpoint = args.checkpoint or Path(folder) / "model"
+        if args.checkpoint is None:
+            rows = str(TINY / "calibration.jsonl")
+            m27quant.quantize_checkpoint(str(TINY), checkpoint, dataset=rows, num_samples=64, seq_len=256)
         results = _measure(checkpoint, args)
     results = {"machine": before, "date": datetime.date.today().isoformat(), **results}
     page = markdown(results)
@@ -78,7 +80,15 @@ def _serve(checkpoint: str) -> int:
 @contextmanager
 def _server(checkpoint: Path, threads: int) -> Iterator[tuple[int, psutil.Process]]:
     """The port, and the process."""
-    command = [sys.executable, "-m", "benchmarks.serving", "--serve", str(checkpoint), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.serving",
+        "--serve",
+        str(checkpoint),
+        "--threads",
+        str(threads),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
         line = next(line for line in process.stdout if line.startswith("listening"))
@@ -122,7 +132,12 @@ def _compare(llm: LLM, port: int, prompts: list[list[int]], tokens: int) -> None
 
 
 def _rates(
-    llm: LLM, port: int, process: psutil.Process, prompts: list[list[int]], concurrency: int, args: argparse.Namespace
+    llm: LLM,
+    port: int,
+    process: psutil.Process,
+    prompts: list[list[int]],
+    concurrency: int,
+    args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     """Tokens per second of engine and server in turns; the median round of each, and of their ratios."""
     own: list[float] = []
@@ -130,12 +145,16 @@ def _rates(
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(args.rounds):
         before = sum(psutil.Process().cpu_times()[:2])
-        seconds = machine.interleaved({"engine": lambda: _closed_loop(llm, prompts, concurrency, args.tokens)}, 1)
+        seconds = machine.interleaved(
+            {"engine": lambda: _closed_loop(llm, prompts, concurrency, args.tokens)}, 1
+        )
         tokens = len(prompts) * args.tokens
         own.append(tokens / seconds["engine"])
         own_cpu.append((sum(psutil.Process().cpu_times()[:2]) - before) / tokens)
         for way in WAYS:
-            found[way].append(_load(port, process, [_body(p, args.tokens, way) for p in prompts], concurrency))
+            found[way].append(
+                _load(port, process, [_body(p, args.tokens, way) for p in prompts], concurrency)
+            )
     return [
         {
             "concurrency": concurrency, "way": way, "engine_tokens_per_s": statistics.median(own),
@@ -161,7 +180,9 @@ def _closed_loop(llm: LLM, prompts: list[list[int]], concurrency: int, tokens: i
         running -= sum(sequence.finish_reason is not None for sequence in llm.step())
 
 
-def _load(port: int, process: psutil.Process, bodies: list[dict[str, Any]], concurrency: int) -> dict[str, float]:
+def _load(
+    port: int, process: psutil.Process, bodies: list[dict[str, Any]], concurrency: int
+) -> dict[str, float]:
     asked = {"path": "/v1/completions", "bodies": bodies, "clients": concurrency}
     before = sum(process.cpu_times()[:2])
     done = subprocess.run(

@@ -106,7 +106,7 @@ class Clients:
 
     async def _leave_early(self) -> str | None:
         """Ask for much, and go before anything came."""
-        reader, writer = await asyncio.open_connection(self._host, self._port)
+        _, writer = await asyncio.open_connection(self._host, self._port)
         writer.write(_request(COMPLETIONS, _body("def ", stream=self._random.random() < 0.5, tokens=400)))
         await writer.drain()
         await asyncio.sleep(self._random.random() * 0.1)

@@ -85,15 +85,6 @@ class Metrics:
         else:
             self.inter_token_latency.observe(seconds / count, count)
         self.output_tokens += count
-        timing = sequence.timing
-        if timing.drafted and timing.drafted[-1]:
-            self.num_drafts += 1
-            self.draft_tokens += timing.drafted[-1]
-            accepted = timing.accepted[-1]
-            while len(self.accepted_per_position) < accepted:
-                self.accepted_per_position.append(0)
-            for position in range(accepted):
-                self.accepted_per_position[position] += 1
 
     def finished(self, sequence: Running, *, failed: bool = False) -> None:
         """A sequence ended, for whatever reason."""
@@ -103,6 +94,16 @@ class Metrics:
         self.preemptions += timing.num_preemptions
         if reason in ("stop", "length") and timing.finished is not None:
             self.request_latency.observe(timing.finished - timing.arrived)
+        for accepted, drafted in zip(timing.accepted, timing.drafted, strict=False):
+            self._drafts_of_step(accepted, drafted)
+
+    def _drafts_of_step(self, accepted: int, drafted: int) -> None:
+        self.num_drafts += drafted > 0
+        self.draft_tokens += drafted
+        missing = accepted - len(self.accepted_per_position)
+        self.accepted_per_position += [0] * missing
+        for position in range(accepted):
+            self.accepted_per_position[position] += 1
 
     def text(self, llm: LLM, model: str) -> str:
         """Prometheus' text format, version 0.0.4."""
