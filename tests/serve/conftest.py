@@ -14,6 +14,7 @@ import pytest
 import m27quant
 from m27quant import LLM
 from m27quant.serve.server import Server, ServerOptions
+from tests.serve import full_size
 
 MODEL = "tiny-m27"
 
@@ -59,3 +60,12 @@ def server(tiny: LLM) -> Iterator[Server]:
 def http(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.address, timeout=60, trust_env=False) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def m27(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MiniMax-M2.7's configs beside drafters of full size for it, `dflash` and `eagle3`."""
+    folder = tmp_path_factory.mktemp("full-size")
+    full_size.write_drafter(folder / "dflash", full_size.DFLASH)
+    full_size.write_drafter(folder / "eagle3", full_size.EAGLE3)
+    return full_size.write_configs(folder / "m27")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from m27quant.checkpoint.drafter_config import expected_tensors, parse_drafter
+from m27quant.checkpoint.quant_config import hf_quant_config, quantization_config
 from m27quant.verify.collect import Findings
-from tests.verify.sparse import write_sparse
+from tests.verify.sparse import M27, exclude_list, write_sparse
 
 CONTEXT = 204_800
 SIZES: dict[str, Any] = {
@@ -49,14 +50,26 @@ def write_m27(folder: Path) -> Path:
     return folder
 
 
+def write_configs(folder: Path) -> Path:
+    """What of it is arithmetic: the configs without the 191,211 headers."""
+    folder.mkdir()
+    raw = M27.config(fp8=False) | {"rope_theta": 5_000_000, "max_position_embeddings": CONTEXT}
+    excluded = exclude_list(M27.num_hidden_layers)
+    raw["quantization_config"] = quantization_config(excluded, "fp8")
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "hf_quant_config.json").write_text(json.dumps(hf_quant_config(excluded, "fp8")))
+    return folder
+
+
 def write_drafter(folder: Path, config: dict[str, Any]) -> Path:
     """A drafter of this config, its tensors holes in one file."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     parsed = parse_drafter(config, Findings())
     assert parsed is not None
+    taps = len(parsed.section()["target_layer_ids"]) if parsed.kind == "dflash" else 3
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-        name: ("BF16", shape) for name, shape in expected_tensors(parsed, 5 if parsed.kind == "dflash" else 3)
+        name: ("BF16", shape) for name, shape in expected_tensors(parsed, taps)
     }
     if parsed.kind == "eagle3":
         shapes |= {

@@ -32,7 +32,7 @@ DRAFTERS = ("none", "dflash", "eagle3")
 
 
 def write_models(folder: Path) -> Path:
-    full_size.write_m27(folder / "m27")
+    full_size.write_configs(folder / "m27")
     full_size.write_drafter(folder / "dflash", full_size.DFLASH)
     full_size.write_drafter(folder / "eagle3", full_size.EAGLE3)
     return folder
@@ -75,8 +75,8 @@ def command(engine: Engine, folder: Path, gpu: str, tp: int, drafter: str) -> st
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_models(tmp_path_factory.mktemp("models"))
+def models(m27: Path) -> Path:
+    return m27.parent
 
 
 @pytest.mark.parametrize("engine", ENGINES)

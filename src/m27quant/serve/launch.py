@@ -178,6 +178,15 @@ def plan_launch(
             f"where {setup.fit.wanted or min(setup.fit.limit, 8192):,} are wanted",
             hint="take more GPUs (--tp), a shorter --max-model-len, or more of the memory (--gpu-memory-utilization)",
         )
+    launch = _launch(setup, engine, location, result, solved)
+    if not launch.shell().replace("\n", "").isprintable() or "\n" in launch.model:
+        raise UsageError(f"{escape(launch.model)}: a name that cannot be printed", hint="rename the folder")
+    return launch
+
+
+def _launch(
+    setup: Setup, engine: EngineVersion, location: Location, result: VerifyResult, solved: set[str]
+) -> Launch:
     speculation = setup.speculation
     return Launch(
         engine=engine,
@@ -259,12 +268,24 @@ def _decide(
     drafter: _Drafter | None,
 ) -> tuple[Setup, set[str]]:
     """The setup, and the codes of findings that its flags solve."""
+    if options.tp and there is not None and max(options.tp, options.ep or 1) > there * _most_nodes(options):
+        raise UsageError(
+            f"--tp {options.tp}: this machine has {there} {gpu.name}",
+            hint="name the GPUs that will serve with --gpu, if it is not this machine",
+        )
     sizes = [options.tp] if options.tp else _sizes(c, engine, gpu, there)
     for tp in sizes:
         setup, solved = _with_tp(view, c, engine, gpu, tp, options, drafter)
         if setup.fit.fits:
             break
+    if options.node_rank >= setup.nnodes:
+        raise UsageError(f"--node-rank {options.node_rank}: {setup.nnodes} machines serve, counted from 0")
     return setup, solved
+
+
+def _most_nodes(options: LaunchOptions) -> int:
+    """Machines that may take part: more than this one where its number or the first one's address is named."""
+    return 1 if options.master is None and not options.node_rank else 1 << 10
 
 
 def _sizes(c: M2Config, engine: EngineVersion, gpu: Gpu, there: int | None) -> list[int]:
