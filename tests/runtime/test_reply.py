@@ -231,3 +231,13 @@ def test_every_cut_gives_the_same_reply(text: str, thinking: bool, data: st.Data
 def test_plain_text_passes_but_for_its_margins(text: str) -> None:
     if "<" not in text:
         assert read(text, thinking=False).content == text.strip()
+
+
+def test_without_calls_their_text_is_text() -> None:
+    text = 'a <minimax:tool_call>\n<invoke name="f">\n</invoke>\n</minimax:tool_call>'
+    parser = ReplyParser(thinking=False, calls=False)
+    for character in text:
+        parser.feed(character)
+    parser.finish()
+    assert parser.reply.content == text
+    assert not parser.reply.tool_calls

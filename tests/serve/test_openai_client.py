@@ -193,3 +193,39 @@ def test_faults_are_the_clients_exceptions(client: openai.OpenAI) -> None:
         client.completions.create(model=MODEL, prompt=[5] * 3000)
     assert long.value.code == "context_length_exceeded"
     assert json.dumps(refused.value.body)
+
+
+WRITE: Any = {"type": "function", "function": {"name": "write", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "read_file"}}])
+def test_a_call_that_has_to_come_comes(client: openai.OpenAI, tiny: LLM, choice: Any, thinking: bool) -> None:
+    extra = {"return_token_ids": True, "chat_template_kwargs": {"enable_thinking": thinking}}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, tools=[TOOL, WRITE], tool_choice=choice, max_tokens=160, seed=3,
+        extra_body=extra,
+    )  # fmt: skip
+    (found,) = answer.choices
+    assert found.model_extra is not None
+    assert tiny.tokenizer is not None
+    text = tiny.tokenizer.decode(found.model_extra["token_ids"])
+    names = ["read_file"] if choice != "required" else ["read_file", "write"]
+    begins = tuple(f'<minimax:tool_call>\n<invoke name="{name}">\n' for name in names)
+    if thinking:
+        _, end, text = text.partition("</think>")
+        assert end or found.finish_reason == "length", "nothing stops the thoughts but their end"
+    assert text.lstrip().startswith(begins)
+    if "</minimax:tool_call>" not in text:
+        assert found.finish_reason == "length"
+    for call in found.message.tool_calls or ():
+        assert call.type == "function"
+
+
+def test_no_call_comes_where_none_may(client: openai.OpenAI) -> None:
+    none = client.chat.completions.create(**SHORT, temperature=0, tools=[TOOL], tool_choice="none")
+    plain = client.chat.completions.create(**SHORT, temperature=0)
+    assert none.usage is not None
+    assert plain.usage is not None
+    assert none.usage.prompt_tokens == plain.usage.prompt_tokens
+    assert none.choices[0].message.content == plain.choices[0].message.content

@@ -166,7 +166,7 @@ class Gate:
             return
         service = self._service
         service.num_requests += 1
-        status = 500
+        status = 499  # the client went away before there was one
 
         async def note(message: Message) -> None:
             nonlocal status

@@ -104,7 +104,6 @@ class ChatForm(Form):
         if piece.logprobs:
             logprobs = to_json(chat_logprobs(self._tokenizer, piece.logprobs))
         more = f',"token_ids":{to_json(piece.token_ids)}' if self._prompt_ids is not None else ""
-        begins = not reply.has_begun
         deltas = reply.deltas(piece)
         if not deltas and (piece.logprobs or more):
             deltas = ["{}"]
@@ -112,10 +111,7 @@ class ChatForm(Form):
             yield choice_json(index, "delta", delta, logprobs, None, more)
             logprobs, more = "null", ""  # they belong to all of them, and come with the first
         if piece.finished is not None:
-            reason = reply.finish_reason(piece.finished)
-            if self._prompt_ids is not None and begins:
-                more = f',"prompt_token_ids":{to_json(self._prompt_ids)}'
-            yield choice_json(index, "delta", "{}", "null", reason)
+            yield choice_json(index, "delta", "{}", "null", reply.finish_reason(piece.finished))
 
     def choice(self, piece: Piece) -> dict[str, Any]:
         assert piece.finished is not None

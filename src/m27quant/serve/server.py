@@ -220,8 +220,8 @@ def _uvicorn(app: Any) -> uvicorn.Server:
     import uvicorn
 
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False, backlog=1024,
-        timeout_keep_alive=30, timeout_graceful_shutdown=1, h11_max_incomplete_event_size=2**16,
+        app, log_config=None, log_level="error", access_log=False, lifespan="off", ws="none", server_header=False,
+        backlog=1024, timeout_keep_alive=30, timeout_graceful_shutdown=1, h11_max_incomplete_event_size=2**16,
     )  # fmt: skip
     config.load()
     config.http_protocol_class = _with_error_objects(config.http_protocol_class)
