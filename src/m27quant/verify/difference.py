@@ -17,7 +17,7 @@ from m27quant.checkpoint import names
 from m27quant.checkpoint.source import Source
 from m27quant.kernels import fp8_dequant, nvfp4_pack
 from m27quant.kernels.nvfp4_pack import Exact, PackedNVFP4, SquaredError
-from m27quant.kernels.nvfp4_pack.reference import bf16_rows
+from m27quant.kernels.nvfp4_pack.reference import bf16_rows, encode, groups
 from m27quant.pack import Naming
 
 Kind = Literal[
@@ -30,6 +30,7 @@ Kind = Literal[
     "far",
     "bytes",
     "another amax",
+    "better scales",
 ]
 FAR_DB = 10.0
 """Below it the values are not the source's: NVFP4 has about 20 dB."""
@@ -70,13 +71,13 @@ class Outcome:
     figures: dict[str, float | int] = field(default_factory=dict)
 
 
-def diagnose(source: Source, m: Matrix, amax: torch.Tensor) -> Outcome:
+def diagnose(source: Source, m: Matrix, amax: torch.Tensor, scales: nvfp4_pack.Scales = "max") -> Outcome:
     """Quantize a matrix that is not exact again.
 
-    `amax` is the largest magnitude of the matrices that share a global scale.
+    `amax` is the largest magnitude of the matrices that share a global scale, `scales` how block scales are chosen.
     """
     with Naming(m.module):
-        again = nvfp4_pack.pack(m.weight, m.scale_inv, amax=amax, block=m.block)
+        again = nvfp4_pack.pack(m.weight, m.scale_inv, amax=amax, block=m.block, scales=scales)
     same_codes = same_bytes(m.packed.weight, again.weight)
     same_scales = same_bytes(m.packed.weight_scale, again.weight_scale)
     same_global = bool(m.packed.weight_scale_2 == again.weight_scale_2)
@@ -86,12 +87,40 @@ def diagnose(source: Source, m: Matrix, amax: torch.Tensor) -> Outcome:
     if same_codes and same_scales:
         kind: Kind = "reciprocal" if math.isclose(here, 1 / there, rel_tol=1e-3) else "global scale"
         return Outcome(m.module, m.layer, kind, sqnr_db, of_globals)
+    if scales == "mse" and same_global and _is_consistent(m):
+        return _least_errors(m, again, sqnr_db)
     kind, detail = _mistake(source, m, again, sqnr_db)
     if kind == "another amax" and same_global:
         kind = "bytes"
     elif kind == "another amax":
         detail = f"{of_globals}; {detail}"
     return Outcome(m.module, m.layer, kind, sqnr_db, detail)
+
+
+def _is_consistent(m: Matrix) -> bool:
+    """Whether the codes are what the source's values become under the block scales that are there."""
+    codes, scale_NG, scale_2 = m.packed
+    x_NK = bf16_rows(m.weight, m.scale_inv, slice(0, m.weight.shape[0]), m.block).float()
+    return same_bytes(codes, encode(groups(x_NK), scale_NG, scale_2).contiguous())
+
+
+def _least_errors(m: Matrix, again: PackedNVFP4, sqnr_db: float | None) -> Outcome:
+    """Sound codes under other block scales than the best ones: how many blocks would lose less under another."""
+    mine_NG, best_NG = (
+        nvfp4_pack.group_errors(m.weight, m.scale_inv, packed, block=m.block) for packed in (m.packed, again)
+    )
+    worse_NG = mine_NG > best_NG
+    count = int(worse_NG.sum())
+    if not count:  # equal errors, and the other one of two scales
+        return Outcome(m.module, m.layer, "exact", sqnr_db)
+    row, group = divmod(int(worse_NG.flatten().int().argmax()), worse_NG.shape[1])
+    best_db = _sqnr_db(m, again)
+    return Outcome(
+        m.module, m.layer, "better scales", sqnr_db,
+        f"{count:,} of {worse_NG.numel():,} blocks, first at [{row}, {group}]; SQNR "
+        f"{-math.inf if sqnr_db is None else sqnr_db:.3f} dB, {-math.inf if best_db is None else best_db:.3f} dB "
+        "with the best scales",
+    )  # fmt: skip
 
 
 def proven(module: str, layer: int, exact: Exact) -> Outcome:

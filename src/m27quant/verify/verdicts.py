@@ -17,6 +17,7 @@ CODES: dict[Kind, str] = {
     "global scale": "M27-W013",
     "another matrix": "M27-W014",
     "far": "M27-W016",
+    "better scales": "M27-W025",
 }
 WORDS: dict[Kind, str] = {
     "nibbles": "has its nibbles swapped",
@@ -27,6 +28,7 @@ WORDS: dict[Kind, str] = {
     "far": "is not the source's",
     "bytes": "differs from an exact re-quantization",
     "another amax": "was quantized under another maximum",
+    "better scales": "has blocks with a better scale than theirs",
 }
 EXACT_SHARE = 0.5
 """Of matrices: above it the recipe is max-calibrated, and whatever differs was damaged."""

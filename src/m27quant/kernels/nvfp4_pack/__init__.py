@@ -29,6 +29,7 @@ __all__ = [
     "amax",
     "compare",
     "count_groups",
+    "group_errors",
     "pack",
     "squared_error",
     "unpack",
@@ -134,15 +135,13 @@ def pack(
     checks.check_amax(amax)
     weight_scale_2 = reference.global_scale(amax.to(weight.device))
     codes, scale = _buffers(weight, out)
-    backend = _backend(weight.device)
     if scales == "mse":
         channel_weight = checks.channel_weights(channel_weight, weight)
-        search = scale_search.pack if backend is reference else backend.pack_least_error
-        finite = search(weight, scale_inv, weight_scale_2, block, channel_weight, codes, scale)
+        finite = _search(weight, scale_inv, weight_scale_2, block, channel_weight, codes, scale)
     elif channel_weight is not None:
         raise ValueError('channel_weight goes with scales="mse"')
     else:
-        finite = backend.pack(weight, scale_inv, weight_scale_2, block, codes, scale)
+        finite = _backend(weight.device).pack(weight, scale_inv, weight_scale_2, block, codes, scale)
     if not finite:
         raise checks.nonfinite_error(weight, scale_inv, block)
     return PackedNVFP4(codes, scale, weight_scale_2)
@@ -164,7 +163,12 @@ def squared_error(
 
 
 def compare(
-    weight: Tensor, scale_inv: Tensor | None, packed: PackedNVFP4, *, block: tuple[int, int] = BLOCK
+    weight: Tensor,
+    scale_inv: Tensor | None,
+    packed: PackedNVFP4,
+    *,
+    block: tuple[int, int] = BLOCK,
+    scales: Scales = "max",
 ) -> Exact | None:
     """Whether `packed` is, byte for byte, what `pack` makes under its `weight_scale_2`; None where it is not.
 
@@ -177,6 +181,8 @@ def compare(
     """
     checks.check_weight(weight, scale_inv, block)
     _buffers(weight, (packed.weight, packed.weight_scale))
+    if scales == "mse":
+        return _compare_least_error(weight, scale_inv, packed, block)
     found = _backend(weight.device).exact_row_errors(weight, scale_inv, packed, block)
     if found is None:
         return None
@@ -190,6 +196,42 @@ def count_groups(
     """How many groups of 16 are zero, clipped or raised to the smallest scale under `weight_scale_2`."""
     checks.check_weight(weight, scale_inv, block)
     return GroupCounts(*_backend(weight.device).count_groups(weight, scale_inv, weight_scale_2, block))
+
+
+def group_errors(
+    weight: Tensor, scale_inv: Tensor | None, packed: PackedNVFP4, *, block: tuple[int, int] = BLOCK
+) -> Tensor:
+    """Sum of (x - y) * (x - y) of each group of 16, F64 [N, K/16]: the parts of `squared_error`'s noise."""
+    checks.check_weight(weight, scale_inv, block)
+    return scale_search.packed_errors(weight, scale_inv, packed, block)
+
+
+def _search(
+    weight: Tensor,
+    scale_inv: Tensor | None,
+    weight_scale_2: Tensor,
+    block: tuple[int, int],
+    channel_weight: Tensor | None,
+    codes: Tensor,
+    scale: Tensor,
+) -> bool:
+    """`scale_search.pack` by the device's backend."""
+    backend = _backend(weight.device)
+    search = scale_search.pack if backend is reference else backend.pack_least_error
+    return bool(search(weight, scale_inv, weight_scale_2, block, channel_weight, codes, scale))
+
+
+def _compare_least_error(
+    weight: Tensor, scale_inv: Tensor | None, packed: PackedNVFP4, block: tuple[int, int]
+) -> Exact | None:
+    codes, scale = _buffers(weight, None)
+    if not _search(weight, scale_inv, packed.weight_scale_2, block, None, codes, scale):
+        return None
+    same = torch.equal(codes, packed.weight)
+    if not same or not torch.equal(scale.view(torch.uint8), packed.weight_scale.view(torch.uint8)):
+        return None
+    error = squared_error(weight, scale_inv, packed, block=block)
+    return Exact(error, amax(weight, scale_inv, block=block))
 
 
 def _backend(device: torch.device) -> ModuleType:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m27quant.kernels.nvfp4_pack import reference
+from m27quant.kernels.nvfp4_pack import reference, scale_search
 from m27quant.kernels.nvfp4_pack.reference import GROUP
 
 TILE = {"BN": 16, "BG": 8}
@@ -91,6 +91,14 @@ def nvfp4_pack_kernel(
     ) - 0x46800000  # below 2**-6: the ulp of 2**14 is 2**-9
     b_large = (b_u + 0x7FFFF + ((b_u >> 20) & 1) - 0x3C000000) >> 20
     b_e4m3 = tl.where(b_s < 0.015625, b_small, b_large)
+    _store_tile(b_bits, b_sign, b_e4m3, ws2, codes, scales, N, K, o_n, o_g, BN, BG)
+
+
+@triton.jit
+def _store_tile(
+    b_bits, b_sign, b_e4m3, ws2, codes, scales, N, K, o_n, o_g, BN: tl.constexpr, BG: tl.constexpr
+):
+    """Block scales, and the codes that magnitudes have under them."""
     b_normal = ((b_e4m3 << 20) + 0x3C000000).to(tl.float32, bitcast=True)
     b_d = tl.where(b_e4m3 < 8, b_e4m3.to(tl.float32) * 0.001953125, b_normal) * ws2
 
@@ -106,6 +114,56 @@ def nvfp4_pack_kernel(
     tl.store(scales + o_ng, b_e4m3.to(tl.uint8), mask=m_ng)
     o_byte = o_ng[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     tl.store(codes + o_byte, (b_low | (b_high << 4)).to(tl.uint8), mask=m_ng[:, :, None])
+
+
+@triton.jit
+def nvfp4_search_kernel(
+    weight, scale_inv, weight_scale_2, candidates, channel, codes, scales, nonfinite,
+    N, K, J, block_n, block_k, WEIGHTED: tl.constexpr, FP8: tl.constexpr, BN: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """As `nvfp4_pack_kernel`, under the scales of `scale_search`: all of them are tried, in F64 as it says.
+
+    `candidates` F32 [126], `channel` F32 [K] where WEIGHTED.
+    """
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    o_g = tl.program_id(1) * BG + tl.arange(0, BG)
+    b_bits, b_sign = _load_tile(weight, scale_inv, N, K, J, block_n, block_k, o_n, o_g, FP8, BN, BG)
+    b_most = tl.max(tl.max(tl.max(b_bits, axis=2), axis=1), axis=0)
+    tl.store(nonfinite, 1, mask=b_most >= 0x7F800000)
+
+    ws2 = tl.load(weight_scale_2)
+    b_x = b_bits.to(tl.float32, bitcast=True)
+    if WEIGHTED:
+        o_k = o_g[:, None] * 16 + tl.arange(0, 16)[None, :]
+        b_w = tl.load(channel + o_k, mask=o_k < K, other=0.0).to(tl.float64)[None, :, :]
+    b_least = tl.full((BN, BG), float("inf"), tl.float64)
+    b_e4m3 = tl.full((BN, BG), 1, tl.int32)
+    for index in range(126):
+        d = tl.load(candidates + index) * ws2
+        b_a = tl.div_rn(b_x, tl.zeros_like(b_x) + d)
+        b_q = tl.where(b_a > 0.25, 0.5, 0.0) + tl.where(b_a >= 0.75, 0.5, 0.0)
+        b_q += tl.where(b_a > 1.25, 0.5, 0.0) + tl.where(b_a >= 1.75, 0.5, 0.0)
+        b_q += tl.where(b_a > 2.5, 1.0, 0.0) + tl.where(b_a >= 3.5, 1.0, 0.0)
+        b_q += tl.where(b_a > 5.0, 2.0, 0.0)
+        b_r = b_x.to(tl.float64) - (b_q * d).to(tl.float64)
+        b_r = b_r * b_r
+        if WEIGHTED:
+            b_r = b_r * b_w
+        b_error = _halved(b_r, BN, BG)
+        b_better = b_error < b_least
+        b_least = tl.where(b_better, b_error, b_least)
+        b_e4m3 = tl.where(b_better, index + 1, b_e4m3)
+    _store_tile(b_bits, b_sign, b_e4m3, ws2, codes, scales, N, K, o_n, o_g, BN, BG)
+
+
+@triton.jit
+def _halved(b_v, BN: tl.constexpr, BG: tl.constexpr):
+    """[BN, BG, 16] to [BN, BG]: lane j adds lane j + 8, j + 4, j + 2, j + 1."""
+    b_l, b_h = tl.split(tl.permute(tl.reshape(b_v, (BN, BG, 2, 8)), (0, 1, 3, 2)))
+    b_l, b_h = tl.split(tl.permute(tl.reshape(b_l + b_h, (BN, BG, 2, 4)), (0, 1, 3, 2)))
+    b_l, b_h = tl.split(tl.permute(tl.reshape(b_l + b_h, (BN, BG, 2, 2)), (0, 1, 3, 2)))
+    b_l, b_h = tl.split(b_l + b_h)
+    return b_l + b_h
 
 
 def amax(weight_NK: Tensor, scale_inv_IJ: Tensor | None, block: tuple[int, int]) -> Tensor:
@@ -129,6 +187,27 @@ def pack(
     nonfinite = torch.zeros((), dtype=torch.int32, device=weight_NK.device)
     outputs = (weight_scale_2, out_codes_NK2, out_scale_NG.view(torch.uint8), nonfinite)
     nvfp4_pack_kernel[grid](*arguments[:2], *outputs, *arguments[2:], **TILE, **OPTIONS)
+    return not int(nonfinite)
+
+
+def pack_least_error(
+    weight_NK: Tensor,
+    scale_inv_IJ: Tensor | None,
+    weight_scale_2: Tensor,
+    block: tuple[int, int],
+    channel_weight_K: Tensor | None,
+    out_codes_NK2: Tensor,
+    out_scale_NG: Tensor,
+) -> bool:
+    """See `scale_search.pack`."""
+    arguments, grid = _launch(weight_NK, scale_inv_IJ, block)
+    nonfinite = torch.zeros((), dtype=torch.int32, device=weight_NK.device)
+    candidates = scale_search.candidates(weight_NK.device)
+    weighted = channel_weight_K is not None
+    channel = candidates if channel_weight_K is None else channel_weight_K  # a pointer never read
+    outputs = (out_codes_NK2, out_scale_NG.view(torch.uint8), nonfinite)
+    inputs = (*arguments[:2], weight_scale_2, candidates, channel)
+    nvfp4_search_kernel[grid](*inputs, *outputs, *arguments[2:7], weighted, arguments[7], **TILE, **OPTIONS)
     return not int(nonfinite)
 
 

@@ -15,10 +15,20 @@ Shapes: R rows, G groups of 16 in a row, K = 16 G.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from m27quant.kernels.nvfp4_pack.reference import E2M1_VALUES, GROUP, bf16_rows, encode, groups, strips
+from m27quant.kernels.nvfp4_pack.reference import (
+    E2M1_VALUES,
+    GROUP,
+    bf16_rows,
+    encode,
+    groups,
+    strips,
+    unpack,
+)
 
 NUM_SCALES = 126
 """Positive finite E4M3 numbers: the codes 1 to 126."""
@@ -76,6 +86,23 @@ def group_errors(x_RG16: Tensor, step: Tensor, weight_G16: Tensor | None) -> Ten
     terms = (magnitude.double() - y.double()).square()
     if weight_G16 is not None:
         terms = terms * weight_G16.double()
+    return _halved(terms)
+
+
+def packed_errors(
+    weight_NK: Tensor, scale_inv_IJ: Tensor | None, packed: Sequence[Tensor], block: tuple[int, int]
+) -> Tensor:
+    """The error of every group of a packed weight, F64 [N, G], whatever its codes and scales are."""
+    codes_NK2, scale_NG, weight_scale_2 = packed
+    error_NG = torch.empty(scale_NG.shape, dtype=torch.float64, device=scale_NG.device)
+    for rows in strips(weight_NK, block):
+        x_RK = bf16_rows(weight_NK, scale_inv_IJ, rows, block).double()
+        y_RK = unpack(codes_NK2[rows], scale_NG[rows], weight_scale_2).double()
+        error_NG[rows] = _halved(groups((x_RK - y_RK).square()))
+    return error_NG
+
+
+def _halved(terms: Tensor) -> Tensor:
     for half in (8, 4, 2, 1):
         terms = terms[..., :half] + terms[..., half:]
     return terms[..., 0]
