@@ -10,7 +10,7 @@ import pytest
 
 from m27quant.bench.plot import draw
 from m27quant.bench.render import grids, lines, markdown
-from m27quant.bench.result import Cell, Spread
+from m27quant.bench.result import Answer, Cell, Reading, Spread
 from tests.bench.results import cell, example
 
 
@@ -37,6 +37,24 @@ def test_speeds_stand_beside_the_run_without_drafts() -> None:
     assert speeds["block 4", 1].predicted == pytest.approx(3 * 8 / 12)
     assert speeds["block 4", 8].measured == pytest.approx(0.625)
     assert [(a.concurrency, a.setting) for a in result.advice] == [(1, "block 4"), (8, None)]
+
+
+def test_turns_tell_how_sure_the_ratio_is() -> None:
+    """Ratios 1, 2 and 3: their mean has an error of 1 / sqrt(3)."""
+    plain, drafted = (
+        sum(
+            (Reading(answers=[Answer(output_tokens=n)], seconds=1.0) for n in rates),
+            Reading(answers=[], seconds=0.0),
+        )
+        for rates in ((10, 10, 10), (10, 20, 30))
+    )
+    cells = [Cell.of("t", 1, name, r) for name, r in ((None, plain), ("block 4", drafted))]
+    result = dataclasses.replace(example(), cells=[dataclasses.replace(c, turns=c.turns[1:]) for c in cells])
+    (speed,) = result.speeds()
+    assert result.cells[1].turns == (10, 20, 30)
+    assert speed.measured == 2
+    assert speed.error == pytest.approx(3**-0.5)
+    assert example().speeds()[0].error is None
 
 
 def test_the_tables() -> None:

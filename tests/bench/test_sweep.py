@@ -15,6 +15,7 @@ def speed(setting: str, tau: float, verify_ms: float, draft_ms: float, **changes
     values: dict[str, Any] = {
         "task": "t", "concurrency": 1, "setting": setting, "tau": tau, "decode_s": 0.010,
         "verify_s": verify_ms / 1e3, "draft_s": draft_ms / 1e3, "measured": tau * 10 / (verify_ms + draft_ms),
+        "error": None,
     }  # fmt: skip
     return Speed(**(values | changes))
 
@@ -81,6 +82,17 @@ def test_the_formula_alone_is_no_reason() -> None:
 def test_noise_is_no_gain() -> None:
     assert recommend([speed("a", WORTH - 0.01, 10, 0)])[0].setting is None
     assert recommend([speed("a", WORTH + 0.01, 10, 0)])[0].setting == "a"
+
+
+def test_a_gain_has_to_be_clear_of_its_error() -> None:
+    """A busy machine: turns of the same differ more than the settings do."""
+    (advice,) = recommend([speed("a", 1.2, 10, 0, error=0.15)])
+    assert advice.setting is None
+    assert "may pay, but its gain is not clear of noise" in advice.why
+    assert "measured 1.20 +- 0.15 times" in advice.why
+    assert recommend([speed("a", 1.2, 10, 0, error=0.05)])[0].setting == "a"
+    two = [speed("a", 1.2, 10, 0, error=0.12), speed("a", 1.2, 10, 0, error=0.12, task="prose")]
+    assert recommend(two)[0].setting == "a"  # 0.085 for the mean of both
 
 
 def test_tasks_count_alike() -> None:

@@ -75,10 +75,16 @@ def _acceptance(result: BenchResult) -> Grid:
 def _steps(result: BenchResult) -> Grid:
     def row(speed: Speed) -> list[str]:
         times = (speed.decode_s, speed.verify_s, speed.draft_s)
+        error = "" if speed.error is None else f" +-{speed.error:.2f}"
         return [
-            speed.task, str(speed.concurrency), speed.setting, f"{speed.tau:.3f}",
-            *(f"{t * 1e3:.2f}" for t in times if t is not None), _times(speed.predicted), _times(speed.measured),
-        ]  # fmt: skip
+            speed.task,
+            str(speed.concurrency),
+            speed.setting,
+            f"{speed.tau:.3f}",
+            *(f"{t * 1e3:.2f}" for t in times if t is not None),
+            _times(speed.predicted),
+            _times(speed.measured) + error,
+        ]
 
     return Grid(
         "a step in ms: speed-up = tau x decode / (verify + draft)",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, Literal
 
 from m27quant.drafters import metrics
@@ -103,6 +104,19 @@ class Reading:
     seconds: float
     acceptance: Acceptance = field(default_factory=Acceptance)
     notices: tuple[str, ...] = ()
+    earlier: tuple[float, ...] = ()
+    """Tokens/s of the turns before, where several were added up."""
+
+    @property
+    def rate(self) -> float:
+        """Tokens/s."""
+        tokens = sum(a.output_tokens for a in self.answers if a.error is None)
+        return tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def turns(self) -> tuple[float, ...]:
+        """Tokens/s of each turn."""
+        return self.earlier or (self.rate,)
 
     def __add__(self, other: Reading) -> Reading:
         return Reading(
@@ -110,6 +124,7 @@ class Reading:
             seconds=self.seconds + other.seconds,
             acceptance=self.acceptance + other.acceptance,
             notices=self.notices + other.notices,
+            earlier=self.turns + other.turns,
         )
 
 
@@ -127,6 +142,8 @@ class Cell:
     output_tokens: int
     tokens_per_s: float
     """Tokens of all answers over the time of the whole run, prompts included."""
+    turns: tuple[float, ...]
+    """The same of each turn; the n-th turns of all settings were asked the same, one right behind the other."""
     ttft_s: Spread | None
     itl_s: Spread | None
     finish_reasons: dict[str, int]
@@ -150,7 +167,6 @@ class Cell:
         counted = [(a.output_tokens, a.stats) for a in good if a.stats is not None and a.stats.num_steps]
         steps = sum(stats.num_steps for _, stats in counted)
         timed = bool(steps) and any(a.verify_s for a in good)
-        tokens = sum(a.output_tokens for a in good)
         drafting = setting is not None and bool(counted)
         return cls(
             task=task,
@@ -159,8 +175,9 @@ class Cell:
             num_requests=len(answers),
             seconds=reading.seconds,
             prompt_tokens=sum(a.prompt_tokens for a in good),
-            output_tokens=tokens,
-            tokens_per_s=tokens / reading.seconds if reading.seconds else 0.0,
+            output_tokens=sum(a.output_tokens for a in good),
+            tokens_per_s=reading.rate,
+            turns=reading.turns,
             ttft_s=Spread.of([a.ttft_s for a in good if a.ttft_s is not None]),
             itl_s=Spread.of([a.itl_s for a in good if a.itl_s is not None]),
             finish_reasons=dict(Counter(a.finish_reason or "unknown" for a in good)),
@@ -198,6 +215,8 @@ class Speed:
     tau: float | None
     measured: float
     """Ratio of tokens/s, prompts included."""
+    error: float | None
+    """Standard error of that ratio, from the turns; None where there were fewer than three."""
     decode_s: float | None
     """A step without drafter, which gives one token."""
     verify_s: float | None
@@ -212,6 +231,14 @@ class Speed:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "predicted": self.predicted}
+
+
+def _ratio_error(rates: Sequence[float], plain: Sequence[float]) -> float | None:
+    """Standard error of the mean ratio of paired turns."""
+    if len(rates) != len(plain) or len(rates) < 3 or min(plain) <= 0:
+        return None
+    ratios = [a / b for a, b in zip(rates, plain, strict=True)]
+    return stdev(ratios) / math.sqrt(len(ratios))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,6 +290,7 @@ class BenchResult:
                     setting=cell.setting,
                     tau=cell.acceptance.tau,
                     measured=cell.tokens_per_s / without.tokens_per_s,
+                    error=_ratio_error(cell.turns, without.turns),
                     decode_s=decode,
                     verify_s=cell.step_verify_s,
                     draft_s=cell.step_draft_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -10,6 +11,8 @@ from m27quant.bench.result import Advice, Speed
 
 WORTH = 1.02
 """A speed-up below it is within what two runs of the same differ by."""
+CLEAR = 2.0
+"""Standard errors by which a gain has to be clear of none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,7 @@ class _Mean:
     draft_s: float
     predicted: float
     measured: float
+    error: float
 
     @classmethod
     def of(cls, setting: str, speeds: Sequence[Speed]) -> _Mean | None:
@@ -38,12 +42,19 @@ class _Mean:
             fmean(s.draft_s or 0.0 for s in speeds),
             fmean(s.predicted or 0.0 for s in speeds),
             fmean(s.measured for s in speeds),
+            math.hypot(*(s.error or 0.0 for s in speeds)) / len(speeds),
         )
 
     @property
     def pays(self) -> bool:
-        """Both ways of telling say so: the formula, and the tokens that came in a second."""
-        return min(self.predicted, self.measured) >= WORTH
+        """Both ways of telling say so, the formula and the tokens that came in a second, and noise does not."""
+        return min(self.predicted, self.measured) >= WORTH and self.measured - CLEAR * self.error > 1
+
+    @property
+    def found(self) -> str:
+        """What was measured, with its error where that is known."""
+        error = f" +- {self.error:.2f}" if self.error else ""
+        return f"measured {self.measured:.2f}{error} times the tokens/s"
 
     @property
     def sum(self) -> str:
@@ -57,8 +68,8 @@ class _Mean:
 def recommend(speeds: Sequence[Speed], flags: Mapping[str, str] | None = None) -> list[Advice]:
     """The best setting at each concurrency, or the advice not to draft.
 
-    A setting is recommended where the formula and the measured ratio of tokens/s both are at least `WORTH`; among
-    those the formula chooses, as it holds for answers of any length.
+    A setting is recommended where the formula and the measured ratio of tokens/s both are at least `WORTH`, and the
+    ratio is clear of its error; among those the formula chooses, as it holds for answers of any length.
 
     Args:
         speeds: settings, each beside the run without drafts.
@@ -87,13 +98,11 @@ def _advice(concurrency: int, means: Sequence[_Mean], flags: Mapping[str, str]) 
             concurrency=concurrency,
             setting=best.setting,
             speedup=best.predicted,
-            why=f"{best.sum}; measured {best.measured:.2f} times the tokens/s{_runner_up(best, means)}",
+            why=f"{best.sum}; {best.found}{_runner_up(best, means)}",
             flags=flags.get(best.setting),
         )
-    return Advice(
-        concurrency=concurrency, setting=None, speedup=best.predicted, why=f"{_reason(best)}: {best.sum}; "
-        f"measured {best.measured:.2f} times the tokens/s"
-    )  # fmt: skip
+    why = f"{_reason(best)}: {best.sum}; {best.found}"
+    return Advice(concurrency=concurrency, setting=None, speedup=best.predicted, why=why)
 
 
 def _runner_up(best: _Mean, means: Sequence[_Mean]) -> str:
@@ -103,6 +112,8 @@ def _runner_up(best: _Mean, means: Sequence[_Mean]) -> str:
 
 def _reason(best: _Mean) -> str:
     """Why even the best setting does not pay, by what costs most."""
+    if min(best.predicted, best.measured) >= WORTH:
+        return f"{best.setting} may pay, but its gain is not clear of noise; --repeat tells more"
     if best.predicted >= WORTH:
         return f"{best.setting} would pay by its steps, but whole answers do not come faster"
     spent = best.verify_s + best.draft_s
