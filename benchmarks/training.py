@@ -248,7 +248,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{s.batch} sequences of {s.length} tokens a step. DFlash: {s.num_layers} layers, {s.anchors} anchors a "
         f"sequence, blocks of {s.block_size}; EAGLE3: {STEPS} steps, {s.draft_vocab_size} tokens. Hidden size "
         f"{s.layer['hidden_size']}, vocabulary {s.vocab_size}; half cross-entropy, half distillation; BF16, "
-        f"F32 masters, AdamW. In F32 losses agree to {max(r["loss_difference"] for r in rows):.1e}, gradients to "
+        f"F32 masters, AdamW. In F32 losses agree to {max(r['loss_difference'] for r in rows):.1e}, gradients to "
         f"{max(r['gradient_difference'] for r in rows):.0e}. "
         "transformers: Qwen3's and Llama's modules, SDPA with a dense mask.",
         "",
