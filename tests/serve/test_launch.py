@@ -82,14 +82,6 @@ def test_a_context_that_memory_cuts_short(m27: Path, monkeypatch: pytest.MonkeyP
     assert launch(m27, gpu="rtx-pro-6000").setup.tp == 2  # the fewest that hold it
 
 
-@pytest.mark.slow
-def test_the_real_shapes_are_verified(tmp_path: Path) -> None:
-    """191,211 headers of 134.5 GB: what the golden table leaves out."""
-    planned = launch(full_size.write_m27(tmp_path / "m27"), tp=1)
-    assert planned.result.facts["num_tensors"] == 191_211
-    assert planned.setup.fit.context == full_size.CONTEXT
-
-
 # -- spreads ---------------------------------------------------------------------------------------
 
 

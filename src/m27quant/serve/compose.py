@@ -173,7 +173,8 @@ def _entrypoint(launch: Launch) -> Iterable[str]:
 def _arguments(launch: Launch) -> list[str | None]:
     """Of the program; None stands for the API key."""
     moved = dict(_mounts(launch))
-    s = replace(launch.setup, host="0.0.0.0")
+    # Within the container: all addresses, and not its path for a name.
+    s = replace(launch.setup, host="0.0.0.0", served_name=launch.setup.served_name or _base(launch))
     if s.speculation is not None:
         drafter = moved.get(s.speculation.model, s.speculation.model)
         s = replace(s, speculation=replace(s.speculation, model=drafter))
