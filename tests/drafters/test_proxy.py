@@ -79,7 +79,7 @@ def test_against_a_loop(tmp_path: Path, make: Any, stride: int) -> None:
         for at in anchors:
             q, following = log_q(at), text[at + 1 : at + 1 + K]
             hits = [int(known[q[k].argmax()]) == following[k] for k in range(K)]
-            runs.append((hits + [False]).index(False))
+            runs.append([*hits, False].index(False))
             for k, token in enumerate(following):
                 row = (known == token).nonzero().flatten().tolist()
                 missing += not row

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +28,8 @@ from m27quant.drafters.samples import MANIFEST, SCHEMA_VERSION, read_manifest
 from m27quant.errors import OutputError, UsageError, escape
 
 KIND = "drafter data"
+FIELDS = ("id", "prompt_token_ids", "token_ids", "finish_reason", "prompt", "text")
+"""Of a row, in this order, whether or not it has been through a journal."""
 
 
 class DataFolder:
@@ -74,7 +77,7 @@ class DataFolder:
         try:
             self._begin(resume=resume, overwrite=overwrite)
         except BaseException:
-            self._lock.release(forget=False)
+            self._give_back(forget=True)
             raise
 
     def _refuse_others(self) -> None:
@@ -176,7 +179,9 @@ class DataFolder:
             return
         found = [row for index in indices if (row := rows[index]) is not None]
         path = self.out / f"shard-{number:05d}.jsonl"
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        lines = "".join(
+            json.dumps({key: row[key] for key in FIELDS}, ensure_ascii=False) + "\n" for row in found
+        )
         write_durably(path, lines.encode("utf-8", "replace"))
         fault_point("shard-written")
         self.shards[number] = {
@@ -209,13 +214,13 @@ class DataFolder:
         """Give the folder back; of finished data nothing of ours is left but the data."""
         for journal in self._journals.values():
             journal.close()
-        finished = len(self.shards) == self.num_shards
-        self._lock.release(forget=finished)
-        if finished:
-            try:
+        self._give_back(forget=len(self.shards) == self.num_shards)
+
+    def _give_back(self, *, forget: bool) -> None:
+        self._lock.release(forget=forget)
+        if forget:
+            with suppress(OSError):  # an unfinished shard is in it, or another run has come
                 self._private.rmdir()
-            except OSError:  # another run has come, or something else was put there
-                return
 
     def __enter__(self) -> Self:
         return self
