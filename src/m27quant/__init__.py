@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from m27quant.assemble import assemble_checkpoint
     from m27quant.bench.requests import BenchOptions
     from m27quant.bench.result import BenchResult
     from m27quant.bench.run import bench_checkpoint, bench_server
@@ -59,6 +60,7 @@ _LAZY = {
     "TrainOptions": "m27quant.drafters.options",
     "TrainResult": "m27quant.drafters.train",
     "VerifyResult": "m27quant.verify.findings",
+    "assemble_checkpoint": "m27quant.assemble",
     "inspect_checkpoint": "m27quant.checkpoint.overview",
     "quantize_checkpoint": "m27quant.quantize",
     "train_drafter": "m27quant.drafters.train",
@@ -85,6 +87,7 @@ __all__ = [
     "TrainResult",
     "VerifyResult",
     "__version__",
+    "assemble_checkpoint",
     "bench_checkpoint",
     "bench_server",
     "dry_run",

@@ -15,7 +15,7 @@ from m27quant.checkpoint.quant_config import hf_quant_config, output_config, qua
 from m27quant.checkpoint.source import INDEX
 from m27quant.checkpoint.workspace import CONFIG, REPORT
 from m27quant.plan import Plan
-from m27quant.prepare import Prepared
+from m27quant.prepare import Options, Prepared
 from m27quant.report.quantization import build_report
 
 OWN_DOCUMENTS = (CONFIG, "hf_quant_config.json", INDEX, REPORT, "README.md")
@@ -55,7 +55,7 @@ def build_result(
         version=m27quant.__version__,
         fingerprint=fingerprint,
         source={"name": base_model, "repo_id": location.repo_id, "commit": location.commit},
-        recipe=_recipe(prepared),
+        recipe=shown_recipe(prepared),
         calibration=_calibration(prepared, dropped),
         records=records,
         shards={
@@ -81,8 +81,10 @@ def build_result(
     return report, shards, documents
 
 
-def output_names(prepared: Prepared) -> list[str]:
+def output_names(prepared: Prepared, options: Options) -> list[str]:
     """Every file that OUT will hold."""
+    if options.calibrate_only or options.layers is not None:
+        return []
     return [*prepared.plan.shard_names(), *prepared.documents, *OWN_DOCUMENTS]
 
 
@@ -91,7 +93,8 @@ def is_hidden(file: Mapping[str, Any]) -> bool:
     return str(file["name"]).startswith("hidden-")
 
 
-def _recipe(prepared: Prepared) -> dict[str, Any]:
+def shown_recipe(prepared: Prepared) -> dict[str, Any]:
+    """The recipe as the report shows it."""
     canonical = prepared.recipe.canonical()
     for dataset in canonical["calibration"]["datasets"]:
         dataset["path"] = _shown(dataset["path"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from m27quant.pack import PackStats, merged_stats, stream_experts
 from m27quant.plan import Plan, Unit, norm_and_router_names
 from m27quant.progress import Progress, ProgressCallback
 from m27quant.runtime.host_memory import rss_bytes
-from m27quant.runtime.layer import RouterWeights
+from m27quant.runtime.layer import AttentionWeights, RouterWeights
 from m27quant.runtime.loader import attention_weights, refuse_non_finite, router_weights
 from m27quant.shared import shared_file, shared_shards
 
@@ -57,6 +57,8 @@ class Job:
     """The folder of what is durable but not yet part of a checkpoint."""
     ranks: Ranks
     dropped: Dropped
+    packs: bool
+    """False where only ranges are wanted."""
     progress: ProgressCallback
     stop: Callable[[], None]
     """Raises where the run should end: `Interrupted`, or another rank's fault."""
@@ -76,7 +78,7 @@ class Job:
 
 def run_embed(job: Job, unit: Unit) -> dict[str, Any]:
     """Copy the embedding and look up every token's row: the first hidden states."""
-    written = _copy_unit(job, unit)
+    written = _copy_unit(job, unit) if job.packs else []
     hidden = _save_hidden(job, 0, _embedded(job))
     return {"files": [f.to_json() for f in written], "hidden": hidden}
 
@@ -124,7 +126,7 @@ def copy_tensor(source: Source, name: str, shards: ShardSet, stop: Callable[[], 
 
 
 def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, Any]:
-    """Calibrate and pack one decoder layer; returns its journal entry, which counts on the first rank.
+    """Calibrate one decoder layer, and pack it; returns its journal entry, which counts on the first rank.
 
     Each rank takes its own chunks through all experts, and packs its own experts.  Reads each source tensor once.
     Memory: hidden states (or chunks of them), one group of experts.
@@ -136,7 +138,7 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
     full = job.plan.resolved.moe_calib == "full"
     with _layer_rows(job, hidden) as (rows, moe_out):
         reporter = _Reporter(job, unit.layer, started)
-        with shared_shards(ranks, job.stop, job.work, unit.name, list(unit.shards), written) as shards:
+        with _shards(job, unit, written) if job.packs else nullcontext() as shards:
             router = router_weights(job.source, unit.layer, job.device)
             routed = _attention(job, unit.layer, shards, rows, router, ranges, reporter)
             experts = stream_experts(
@@ -164,10 +166,8 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
             )
             found = ranks.gather("ranges", asdict(ranges), job.stop)
             record = {}
-            if ranks.is_first:
-                for name in norm_and_router_names(job.source.config, unit.layer):
-                    copy_tensor(job.source, name, shards, job.stop)
-                record = _write_scales(job, unit.layer, shards, merged([LayerRanges(**r) for r in found]))
+            if ranks.is_first and shards is not None:
+                record = _write_small(job, unit.layer, shards, merged([LayerRanges(**r) for r in found]))
             fault_point("layer-computed")
         next_rows = _sum_rows(job, rows, moe_out)
         saved = None if last else _save_hidden(job, unit.layer + 1, next_rows)
@@ -175,15 +175,64 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
             for _ in next_rows:
                 pass
     count_tokens(routed, job.chunks, job.dropped, ranges, full=full)
-    record |= _record(job, ranges, stats)
-    entry: dict[str, Any] = {"files": [f.to_json() for f in written], "record": record}
+    total = merged([LayerRanges(**r) for r in ranks.gather("figures", asdict(ranges), job.stop)])
+    entry: dict[str, Any] = {"files": [f.to_json() for f in written]}
+    if job.packs:
+        entry["record"] = record | _record(job, total, stats)
+    else:
+        entry["ranges"] = asdict(total)
     return entry | ({"hidden": saved} if saved else {})
+
+
+def pack_layer(job: Job, unit: Unit, ranges: LayerRanges) -> dict[str, Any]:
+    """Pack one decoder layer by ranges that are known; returns its journal entry."""
+    assert unit.layer is not None
+    stats = PackStats()
+    written: list[WrittenFile] = []
+    record: dict[str, Any] = {}
+    reporter = _Reporter(job, unit.layer, time.monotonic())
+    mine = [e for e in range(job.source.config.num_local_experts) if job.ranks.owns(e)]
+    with _shards(job, unit, written) as shards:
+        packed = stream_experts(
+            job.source,
+            unit.layer,
+            1,
+            job.device,
+            shards,
+            stats,
+            job.stop,
+            scales=job.plan.resolved.algorithm,
+            through=mine,
+        )
+        for number, _ in enumerate(packed, start=1):
+            reporter.packed(number / len(mine))
+        if job.ranks.is_first:
+            _write_attention(attention_weights(job.source, unit.layer, job.device), unit.layer, shards)
+            record = _write_small(job, unit.layer, shards, ranges)
+        fault_point("layer-computed")
+    return {"files": [f.to_json() for f in written], "record": record | _record(job, ranges, stats)}
+
+
+def _shards(job: Job, unit: Unit, written: list[WrittenFile]) -> AbstractContextManager[ShardSet]:
+    return shared_shards(job.ranks, job.stop, job.work, unit.name, list(unit.shards), written)
+
+
+def _write_attention(weights: AttentionWeights, layer: int, shards: ShardSet) -> None:
+    for projection in names.ATTENTION_PROJECTIONS:
+        shards.write(f"{names.attention(layer)}.{projection}.weight", getattr(weights, projection))
+
+
+def _write_small(job: Job, layer: int, shards: ShardSet, ranges: LayerRanges) -> dict[str, Any]:
+    """Norms and router as they are, and the scales that `ranges` give; returns what the report says of these."""
+    for name in norm_and_router_names(job.source.config, layer):
+        copy_tensor(job.source, name, shards, job.stop)
+    return _write_scales(job, layer, shards, ranges)
 
 
 def _attention(
     job: Job,
     layer: int,
-    shards: ShardSet,
+    shards: ShardSet | None,
     rows: Rows,
     router: RouterWeights,
     ranges: LayerRanges,
@@ -191,8 +240,8 @@ def _attention(
 ) -> Routings:
     """Read attention once: its BF16 weights go to the shard and through the tokens."""
     weights = attention_weights(job.source, layer, job.device)
-    for projection in names.ATTENTION_PROJECTIONS if job.ranks.is_first else ():
-        shards.write(f"{names.attention(layer)}.{projection}.weight", getattr(weights, projection))
+    if job.ranks.is_first and shards is not None:
+        _write_attention(weights, layer, shards)
     return run_attention(
         job.chunks, rows, weights, router, job.source.config, ranges, job.dropped, reporter.attention
     )
@@ -269,9 +318,8 @@ def _write_scales(job: Job, layer: int, shards: ShardSet, ranges: LayerRanges) -
 
 def _record(job: Job, ranges: LayerRanges, stats: PackStats) -> dict[str, Any]:
     """The layer's figures for the report, of all ranks together."""
-    found = job.ranks.gather("figures", [asdict(ranges), asdict(stats)], job.stop)
-    ranges = merged([LayerRanges(**r) for r, _ in found])
-    stats = merged_stats([PackStats(**s) for _, s in found], job.source.config.num_local_experts)
+    found = job.ranks.gather("packed", asdict(stats), job.stop)
+    stats = merged_stats([PackStats(**s) for s in found], job.source.config.num_local_experts)
     packing = {key: value for key, value in asdict(stats).items() if key != "max_sqnr_db" or value}
     return {
         "routed_tokens": ranges.routed_tokens,
@@ -298,6 +346,14 @@ class _Reporter:
         done = (chunk.end - self._job.first_token) / self._job.num_tokens
         seen = self._job.sequences.num_tokens * done
         self._send("attention", self._attention_share * done, tokens=seen, source_bytes=0.0)
+
+    def packed(self, share: float) -> None:
+        self._send(
+            "pack",
+            share,
+            tokens=0.0,
+            source_bytes=share * self._expert_bytes * self._job.source.config.num_local_experts,
+        )
 
     def expert(self, index: int) -> None:
         self._job.stop()

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
+from typing import Any
 
 import torch
 
@@ -48,7 +50,7 @@ def merged_stats(parts: Sequence[PackStats], num_experts: int) -> PackStats:
     """The figures of ranks that were dealt the experts one by one, in the order of experts."""
     size, projections = len(parts), names.EXPERT_PROJECTIONS
 
-    def dealt(field: str) -> dict[str, list[float]]:
+    def dealt(field: str) -> dict[str, Any]:
         by_rank = [getattr(part, field) for part in parts]
         if not by_rank[0]:
             return {}
@@ -57,9 +59,9 @@ def merged_stats(parts: Sequence[PackStats], num_experts: int) -> PackStats:
     dead = {module for part in parts for module in part.dead}
     order = [(module, module.split(".")) for module in dead]
     return PackStats(
-        sqnr_db=dict(dealt("sqnr_db")),
+        sqnr_db=dealt("sqnr_db"),
         weight_scale_2=dealt("weight_scale_2"),
-        max_sqnr_db=dict(dealt("max_sqnr_db")),
+        max_sqnr_db=dealt("max_sqnr_db"),
         zero_groups=sum(part.zero_groups for part in parts),
         saturated_groups=sum(part.saturated_groups for part in parts),
         tiny_groups=sum(part.tiny_groups for part in parts),
@@ -77,13 +79,16 @@ def stream_experts(
     layer: int,
     group: int,
     device: torch.device,
-    shards: ShardSet,
+    shards: ShardSet | None,
     stats: PackStats,
     should_stop: Callable[[], None],
     is_mine: Callable[[int], bool] = lambda expert: True,
     scales: nvfp4_pack.Scales = "max",
+    through: Sequence[int] | None = None,
 ) -> Iterator[Sequence[ExpertWeights]]:
     """Pack and write every expert that is this rank's; yields the BF16 weights of all, `group` experts at a time.
+
+    `through` names the experts to read, in their order; all where None.
 
     While an expert is worked on, the next is read and the last is written.  Each source byte is read once.
     What was yielded is overwritten when the next group is asked for: fresh memory would cost more than packing.
@@ -91,18 +96,20 @@ def stream_experts(
     Raises:
         CheckpointError: NaN, Inf or a bad block scale in the source, naming the tensor.
     """
-    num_experts = source.config.num_local_experts
+    experts = list(range(source.config.num_local_experts)) if through is None else list(through)
+    if not experts:
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="read-write") as files:
-        ahead = files.submit(read_expert, source, layer, 0, device)
+        ahead = files.submit(read_expert, source, layer, experts[0], device)
         behind: Future[None] | None = None
         batch: list[ExpertWeights] = []
-        buffers = [bf16_buffers(source.config, device) for _ in range(min(group, num_experts))]
-        for expert in range(num_experts):
+        buffers = [bf16_buffers(source.config, device) for _ in range(min(group, len(experts)))]
+        for expert, following in zip(experts, [*experts[1:], None], strict=True):
             should_stop()
             stored = ahead.result()
-            if expert + 1 < num_experts:
-                ahead = files.submit(read_expert, source, layer, expert + 1, device)
-            if is_mine(expert):
+            if following is not None:
+                ahead = files.submit(read_expert, source, layer, following, device)
+            if shards is not None and is_mine(expert):
                 packed, weights = pack_expert(
                     source, layer, expert, stored, stats, buffers[len(batch)], scales
                 )
@@ -113,7 +120,7 @@ def stream_experts(
                 weights = plain_expert(source, expert, stored, buffers[len(batch)])
             batch.append(weights)
             del stored
-            if len(batch) == group or expert + 1 == num_experts:
+            if len(batch) == group or following is None:
                 if behind is not None:
                     behind.result()  # nothing may be underway when the caller fails and the files are closed
                 yield batch

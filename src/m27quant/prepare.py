@@ -14,11 +14,13 @@ import torch
 import m27quant
 from m27quant.calib.data import Sequences, assumed_sequences, is_local, load_sequences, parse_dataset
 from m27quant.calib.memory import MemoryPlan, plan_memory
+from m27quant.calib.ranges_file import Calibrated, read_calibrated
 from m27quant.checkpoint import sidecars
 from m27quant.checkpoint.assumed import AssumedSource
 from m27quant.checkpoint.hub import locate
 from m27quant.checkpoint.layout import check_layout
 from m27quant.checkpoint.source import Source
+from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.plan import Plan, check_paths, make_plan
 from m27quant.recipes import Recipe, load_recipe
 from m27quant.runtime.device import pick_device
@@ -49,6 +51,12 @@ class Options:
     offline: bool = False
     token: str | None = None
     seed: int = 0
+    calibrate_only: bool = False
+    """Stop after the calibration, with its ranges in OUT/calibration.json."""
+    ranges: str | None = None
+    """Pack by this calibration.json instead of calibrating; data and their options are those it was made with."""
+    layers: tuple[int, int | None] | None = None
+    """With `ranges`: only layers [first, end), as a part for `assemble_checkpoint`; None is the last layer's end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +73,21 @@ class Prepared:
     documents: dict[str, bytes]
     """Tokenizer and the like, as they will lie in OUT."""
     notices: list[str]
+    data_notices: list[str]
+    """Those of `notices` that are about the calibration data."""
+    calibrated: Calibrated | None = None
+    """What `ranges` holds."""
 
     @property
     def hidden_bytes(self) -> int:
         return self.sequences.num_tokens * self.source.config.hidden_size * 2
+
+    def task(self, options: Options) -> dict[str, Any]:
+        """What else must be the same for a run that does less than all."""
+        asked: dict[str, Any] = {"calibrate_only": True} if options.calibrate_only else {}
+        if self.calibrated is not None:
+            asked |= {"ranges": self.calibrated.sha256, "layers": options.layers}
+        return asked
 
     def fingerprint(self, options: Options) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
@@ -94,7 +113,8 @@ def prepare(
 
     With `fetch` false, weights and calibration data that are on the Hub are assumed instead of fetched.
     """
-    recipe = _recipe(options)
+    calibrated = _calibrated(options)
+    recipe = _recipe(options, calibrated)
     device = pick_device(options.device)
     location = locate(
         model, revision=options.revision, offline=options.offline, token=options.token, weights=fetch
@@ -104,7 +124,9 @@ def prepare(
     assumed = not fetch and location.repo_id and not any(location.folder.glob("*.safetensors"))
     source = AssumedSource(location) if assumed else Source(location)
     try:
-        prepared = _decide(source, recipe, device, options, fetch)
+        prepared = _decide(source, recipe, device, options, fetch, calibrated)
+        if calibrated is not None:
+            _check_calibrated(calibrated, prepared, options)
     except BaseException:
         source.close()
         raise
@@ -113,11 +135,75 @@ def prepare(
     return prepared
 
 
-def _decide(source: Source, recipe: Recipe, device: torch.device, options: Options, fetch: bool) -> Prepared:
+def _calibrated(options: Options) -> Calibrated | None:
+    if options.ranges is None:
+        if options.layers is not None:
+            raise UsageError(
+                "--layers without --ranges: a layer's ranges need all layers before it",
+                hint="calibrate once with --calibrate-only, then pass its calibration.json as --ranges",
+            )
+        return None
+    given = {
+        "--calibrate-only": options.calibrate_only,
+        "--dataset": options.dataset,
+        "--num-samples": options.num_samples,
+        "--seq-len": options.seq_len,
+        "--moe-calib": options.moe_calib,
+        "--seed": options.seed,
+    }
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"{name} beside --ranges", hint="the ranges' own data and settings are used")
+    return read_calibrated(Path(options.ranges))
+
+
+def _check_calibrated(calibrated: Calibrated, prepared: Prepared, options: Options) -> None:
+    """The ranges must be of this model, recipe, versions and kind of device.
+
+    Raises:
+        UsageError: they are not; lists every difference.
+        CheckpointError: they lack layers or experts.
+    """
+    now = json.loads(json.dumps(prepared.fingerprint(options)))
+    fields = sorted(k for k in {*calibrated.fingerprint, *now} if calibrated.fingerprint.get(k) != now.get(k))
+    if fields:
+        lines = "; ".join(
+            f"{f}: {escape(calibrated.fingerprint.get(f), 80)} there, {escape(now.get(f), 80)} here"
+            for f in fields
+        )
+        raise UsageError(
+            f"--ranges {escape(options.ranges)}: made with other inputs: {lines}",
+            hint="repeat the calibration's model, recipe and options, or calibrate again",
+        )
+    c = prepared.source.config
+    sizes = {len(r) for x in calibrated.layers for r in (x.w2_input_amax, x.routed_tokens, x.seen_tokens)}
+    if (
+        len(calibrated.layers) != c.num_hidden_layers
+        or sizes != {c.num_local_experts}
+        or not calibrated.lengths
+    ):
+        raise CheckpointError(
+            f"{escape(options.ranges)}: lacks layers or experts of this model", hint="calibrate again"
+        )
+
+
+def _decide(
+    source: Source,
+    recipe: Recipe,
+    device: torch.device,
+    options: Options,
+    fetch: bool,
+    calibrated: Calibrated | None,
+) -> Prepared:
     notices = [*source.warnings, *check_layout(source), *recipe.notices]
     plan = make_plan(source, recipe, options.max_shard_size)
     documents, about_files = sidecars.collect(source.folder, source.raw_config)
-    sequences, about_data = _sequences(source, recipe, options, fetch)
+    if calibrated is None:
+        sequences, about_data = _sequences(source, recipe, options, fetch)
+    else:
+        digest = str(calibrated.fingerprint.get("tokens"))
+        sequences = Sequences(torch.empty(0, dtype=torch.int64), calibrated.lengths, digest, ())
+        about_data = list(calibrated.notices)
     budget = options.max_memory or default_budget()
     memory = plan_memory(
         source.config,
@@ -136,6 +222,8 @@ def _decide(source: Source, recipe: Recipe, device: torch.device, options: Optio
         device=device,
         documents=documents,
         notices=[*notices, *about_files, *about_data],
+        data_notices=about_data,
+        calibrated=calibrated,
     )
 
 
@@ -157,7 +245,9 @@ def _sequences(source: Source, recipe: Recipe, options: Options, fetch: bool) ->
     )
 
 
-def _recipe(options: Options) -> Recipe:
+def _recipe(options: Options, calibrated: Calibrated | None) -> Recipe:
+    if calibrated is not None:
+        return load_recipe(options.recipe).with_calibration(**calibrated.settings)
     wanted = [options.dataset] if isinstance(options.dataset, str) else options.dataset
     datasets = tuple(parse_dataset(d) for d in wanted) or None
     return load_recipe(options.recipe).with_calibration(

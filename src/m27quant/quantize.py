@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,23 @@ import torch
 
 from m27quant.calib.activations import plan_chunks
 from m27quant.calib.layerwise import Dropped
-from m27quant.calib.memory import MemoryPlan, limit_caches, plan_memory
+from m27quant.calib.memory import limit_caches, plan_memory
+from m27quant.calib.ranges_file import Calibrated
 from m27quant.checkpoint.journal import Journal
 from m27quant.checkpoint.paths import existing
-from m27quant.checkpoint.workspace import REPORT, Workspace, check_same
+from m27quant.checkpoint.workspace import Workspace, check_same
 from m27quant.distributed.ranks import ALONE, Ranks
-from m27quant.errors import CheckpointError, UsageError, escape
+from m27quant.errors import UsageError
 from m27quant.finish import build_result, is_hidden, output_names
-from m27quant.layer_job import Job, run_embed, run_head, run_layer
+from m27quant.layer_job import Job, pack_layer, run_embed, run_head, run_layer
+from m27quant.parts import finish_calibration, finish_part
 from m27quant.plan import HEAD, Unit, check_disk, check_paths, disk_needed
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.runlog import RunLog
 from m27quant.runtime.device import device_fault
 from m27quant.runtime.host_memory import peak_rss_bytes, rss_bytes
+from m27quant.standing import check_done_units, state, units_to_do
 
 log = logging.getLogger(__name__)
 
@@ -123,20 +126,23 @@ def _lead(
     prepared = prepare(model, out, options, say)
     with prepared.source:
         fingerprint = prepared.fingerprint(options)
+        units_to_do(prepared.plan, options)
         if options.resume and workspace.is_complete():
             report, was_complete = _already_complete(workspace, fingerprint), True
             ranks.share("begin", {"fingerprint": fingerprint, "is_complete": True}, stop)
         else:
             workspace.open(
-                fingerprint,
+                fingerprint | prepared.task(options),
                 resume=options.resume,
                 overwrite=options.overwrite,
                 force_unlock=options.force_unlock,
             )
             try:
-                workspace.refuse_collisions(output_names(prepared))
+                workspace.refuse_collisions(output_names(prepared, options))
                 with torch.inference_mode(), RunLog(workspace.private / "run.log") as run_log:
-                    report = _run(prepared, options, workspace, fingerprint, progress, stop, run_log, ranks)
+                    report = _run(
+                        prepared, model, options, workspace, fingerprint, progress, stop, run_log, ranks
+                    )
             except BaseException:
                 workspace.abandon()
                 raise
@@ -163,9 +169,9 @@ def _follow(
         with prepared.source, torch.inference_mode():
             _check_same_inputs(begun["fingerprint"], prepared.fingerprint(options), ranks)
             job = _job(prepared, options, Workspace(out).work, begun, progress, stop, ranks)
-            for unit in _in_order(prepared.plan.units):
+            for unit in units_to_do(prepared.plan, options):
                 if unit.name not in begun["done"]:
-                    begun["hidden"] = _run_unit(job, unit, begun["hidden"], None)
+                    begun["hidden"] = _run_unit(job, unit, begun["hidden"], None, prepared.calibrated)
     return ranks.share("end", None, stop), begun["is_complete"]
 
 
@@ -183,6 +189,7 @@ def _check_same_inputs(first: Mapping[str, Any], own: Mapping[str, Any], ranks: 
 
 def _run(
     prepared: Prepared,
+    model: str,
     options: Options,
     workspace: Workspace,
     fingerprint: Mapping[str, Any],
@@ -192,7 +199,7 @@ def _run(
     ranks: Ranks,
 ) -> dict[str, Any]:
     journal = workspace.journal
-    begun = {"fingerprint": fingerprint, "is_complete": False, **_state(journal, prepared.memory)}
+    begun = {"fingerprint": fingerprint, "is_complete": False, **state(journal, prepared.memory)}
     job = _job(prepared, options, workspace.work, begun, progress, stop, ranks)
     run_log.write(
         "begin",
@@ -202,40 +209,29 @@ def _run(
         ranks=ranks.size,
     )
     if journal.find("commit") is None:
-        _check_done_units(workspace)
+        check_done_units(workspace)
         _check_room(prepared, workspace, job)
         ranks.share("begin", begun, stop)
         hidden = begun["hidden"]
-        for unit in _in_order(prepared.plan.units):
+        for unit in units_to_do(prepared.plan, options):
             if unit.name not in begun["done"]:
                 started = time.monotonic()
-                hidden = _run_unit(job, unit, hidden, journal)
+                hidden = _run_unit(job, unit, hidden, journal, prepared.calibrated)
                 run_log.write(
                     "unit", name=unit.name, seconds=time.monotonic() - started, rss_bytes=rss_bytes()
                 )
     else:
         ranks.share("begin", begun, stop)
+    if options.calibrate_only:
+        return finish_calibration(prepared, workspace, fingerprint)
+    if options.layers is not None:
+        return finish_part(prepared, model, options, workspace, fingerprint)
     progress(Progress(stage="commit", fraction=1.0))
     done = {entry["name"]: entry for entry in journal.all("unit")}
     report, shards, documents = build_result(prepared, done, sorted(job.dropped.sequences), fingerprint)
     workspace.commit(shards, documents)
     run_log.write("done", peak_rss_bytes=peak_rss_bytes())
     return report
-
-
-def _state(journal: Journal, memory: MemoryPlan) -> dict[str, Any]:
-    """Where the work stands; a resumed run keeps the first run's chunks, whatever its own budget is."""
-    settings = journal.find("settings")
-    if settings is None:
-        journal.append("settings", chunk_tokens=memory.chunk_tokens)
-    entries = journal.all("unit")
-    newest = _newest_with_hidden(entries)
-    return {
-        "chunk_tokens": settings["chunk_tokens"] if settings else memory.chunk_tokens,
-        "done": [entry["name"] for entry in entries],
-        "dropped": sorted({row for entry in entries for row in entry.get("dropped", [])}),
-        "hidden": newest["hidden"]["name"] if newest else None,
-    }
 
 
 def _job(
@@ -251,7 +247,7 @@ def _job(
     limit_caches()
     if prepared.device.type == "cuda":
         torch.cuda.set_device(prepared.device)
-    lengths = prepared.sequences.lengths
+    lengths, calibrated = prepared.sequences.lengths, prepared.calibrated
     chunks = plan_chunks(lengths, begun["chunk_tokens"])
     mine = [chunks[i] for i in ranks.part(len(chunks))]
     memory = prepared.memory
@@ -273,7 +269,8 @@ def _job(
         device=prepared.device,
         work=work,
         ranks=ranks,
-        dropped=Dropped(len(lengths), set(begun["dropped"])),
+        dropped=Dropped(len(lengths), {*begun["dropped"], *(calibrated.dropped if calibrated else ())}),
+        packs=not options.calibrate_only,
         progress=progress,
         stop=stop,
     )
@@ -287,39 +284,22 @@ def _check_room(prepared: Prepared, workspace: Workspace, job: Job) -> None:
     check_disk(workspace.out, needed - written)
 
 
-def _in_order(units: Sequence[Unit]) -> list[Unit]:
-    """What is only copied comes first: a damaged head is found before the long work, not after it."""
-    return sorted(units, key=lambda u: (u.layer is not None, u.name != HEAD))
-
-
-def _check_done_units(workspace: Workspace) -> None:
-    """After a crash: what the journal vouches for must really be there."""
-    entries = workspace.journal.all("unit")
-    needed = _newest_with_hidden(entries)  # older hidden states are gone on purpose
-    for entry in entries:
-        files = [f for f in entry["files"] if entry is needed or not is_hidden(f)]
-        if not workspace.intact({"files": files}):
-            raise CheckpointError(
-                f"{escape(workspace.out)}: files of step '{entry['name']}' are missing or damaged",
-                hint="the disk may be failing; start again with --overwrite",
-            )
-
-
-def _newest_with_hidden(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    return next((e for e in reversed(entries) if "hidden" in e), None)
-
-
-def _run_unit(job: Job, unit: Unit, hidden: str | None, journal: Journal | None) -> str | None:
+def _run_unit(
+    job: Job, unit: Unit, hidden: str | None, journal: Journal | None, calibrated: Calibrated | None
+) -> str | None:
     """Do one unit with all ranks; the first records it, and drops the hidden states that it was made from.
 
     Returns the name of the newest hidden states.
     """
-    if unit.layer is not None:
+    if unit.layer is None:
+        only_copied = unit.name == HEAD or calibrated is not None
+        entry = run_head(job, unit) if only_copied else run_embed(job, unit)
+    elif calibrated is not None:
+        entry = pack_layer(job, unit, calibrated.layers[unit.layer])
+    else:
         assert hidden is not None
         last = unit.layer + 1 == job.source.config.num_hidden_layers
         entry = run_layer(job, unit, job.work / hidden, last=last)
-    else:
-        entry = run_head(job, unit) if unit.name == HEAD else run_embed(job, unit)
     job.source.recheck_all()  # what was read must be what was checked
     for dropped in job.ranks.gather("unit done", sorted(job.dropped.sequences), job.stop):
         job.dropped.update(dropped)
@@ -337,5 +317,4 @@ def _already_complete(workspace: Workspace, fingerprint: Mapping[str, Any]) -> d
     """`resume` on a finished output: check that it is the one that was asked for; returns its report."""
     check_same(workspace.finished_fingerprint(), json.loads(json.dumps(fingerprint)))
     workspace.discard_leftovers()
-    report: dict[str, Any] = json.loads((workspace.out / REPORT).read_bytes())
-    return report
+    return workspace.finished_report()

@@ -145,7 +145,7 @@ def test_a_signal_to_one_rank_stops_all_where_they_can_go_on(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("point", ["tensor-written:20", "tensor-written:60"])
+@pytest.mark.parametrize("point", ["tensor-written:5", "tensor-written:30"])
 def test_a_full_disk_on_one_rank(
     rank: int, point: str, program: Program, case: Case, out: Path, expected: dict[str, str]
 ) -> None:
@@ -160,7 +160,7 @@ def test_a_full_disk_on_one_rank(
         resumes(program, case, out, 3, expected)
 
 
-@pytest.mark.parametrize("point", ["tensor-written:40", "layer-computed:2"])
+@pytest.mark.parametrize("point", ["tensor-written:30", "layer-computed:2"])
 def test_the_others_death_at_a_point(
     point: str, program: Program, case: Case, out: Path, expected: dict[str, str]
 ) -> None:

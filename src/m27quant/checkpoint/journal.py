@@ -85,6 +85,19 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
         ) from None
 
 
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Another run's steps, left as they are.
+
+    Raises:
+        CheckpointError: damaged before its last line.
+        EnvironmentFault: not readable.
+    """
+    try:
+        return _parse(path, path.read_bytes())[0]
+    except OSError as fault:
+        raise_for_os_error(fault, path)
+
+
 def _write_all(fd: int, data: bytes) -> None:
     """Write all of `data`: on a nearly full disk the system may take a part and say so only by the count."""
     while data:

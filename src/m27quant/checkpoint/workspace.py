@@ -154,6 +154,10 @@ class Workspace:
         producer = report.get("producer")
         return report if isinstance(producer, dict) and producer.get("name") == "m27quant" else None
 
+    def finished_report(self) -> dict[str, Any]:
+        """The content of a finished checkpoint's quantization_report.json."""
+        return self._report() or {}
+
     def finished_fingerprint(self) -> dict[str, Any]:
         """The fingerprint that a finished checkpoint's report records."""
         fingerprint = (self._report() or {}).get("fingerprint")

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import m27quant
-from m27quant.cli import bench, env, explain, inspect, pull, push, quantize, report, run, serve, verify
+from m27quant.cli import assemble, bench, env, explain, inspect, pull, push, quantize, report, run, serve, verify
 from m27quant.cli.drafter import drafter_app
 from m27quant.cli.output import Mode, Output
 from m27quant.cli.recipe import recipe_app
@@ -62,6 +62,7 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(drafter_app, name="drafter")
 app.command("env")(env.env)
 app.command("quantize")(quantize.quantize)
+app.command("assemble")(assemble.assemble)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("serve")(serve.serve)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,14 +11,14 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from m27quant.cli import options as shared
+from m27quant.cli import scale_out
 from m27quant.cli.output import Output, grid, pairs
 from m27quant.cli.progress import show
+from m27quant.cli.scale_out import hush, one_voice
 from m27quant.cli.stopping import graceful, resume_command
 from m27quant.cli.units import format_duration, format_size
-from m27quant.errors import M27Error
 
 if TYPE_CHECKING:
-    from m27quant.distributed.ranks import Ranks
     from m27quant.estimate import DryRun
     from m27quant.quantize import QuantizeResult
 
@@ -66,15 +64,6 @@ MoeCalib = Annotated[
         help="full: every expert sees every token, as with top-k forced to all; natural: routed ones only.",
     ),
 ]
-NumProcesses = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Processes on this machine that share the work; one per visible GPU, else one.",
-        rich_help_panel=RUN,
-        show_default=False,
-    ),
-]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.", rich_help_panel=RUN)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what m27quant made in OUT before.", rich_help_panel=RUN)
@@ -100,9 +89,12 @@ def quantize(
     moe_calib: MoeCalib = None,
     seed: shared.Seed = 0,
     device: shared.Device = "auto",
-    num_processes: NumProcesses = None,
     max_memory: shared.MaxMemory = None,
     max_shard_size: shared.MaxShardSize = None,
+    num_processes: scale_out.NumProcesses = None,
+    calibrate_only: scale_out.CalibrateOnly = False,
+    ranges: scale_out.RangesOption = None,
+    layers: scale_out.LayersOption = None,
     dry_run: DryRunOption = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -124,6 +116,8 @@ def quantize(
       m27quant quantize MiniMaxAI/MiniMax-M2.7 m27-nvfp4
 
       m27quant quantize ./m27 ./m27-nvfp4 --dataset rows.jsonl --max-memory 16GiB --dry-run
+
+      torchrun --nproc-per-node 8 -m m27quant quantize MiniMaxAI/MiniMax-M2.7 m27-nvfp4
     """
     if moe_calib not in (None, "full", "natural"):
         raise typer.BadParameter(f"{moe_calib!r} is neither full nor natural", param_hint="--moe-calib")
@@ -150,6 +144,9 @@ def quantize(
         offline=offline,
         token=token.reveal() if token else None,
         seed=seed,
+        calibrate_only=calibrate_only,
+        ranges=None if ranges is None else str(ranges),
+        layers=layers,
     )
 
     def say(message: str) -> None:
@@ -165,7 +162,7 @@ def quantize(
     with (
         graceful(output, resume_command()) as stop,
         working_together(model, out, chosen, num_processes, stop) as (ranks, mine),
-        _one_voice(ranks),
+        one_voice(ranks),
         show(output, enabled=ranks.is_first and not no_progress) as progress,
     ):
         result = quantize_checkpoint(
@@ -174,29 +171,23 @@ def quantize(
             mine,
             progress=progress,
             stop=stop,
-            say=say if ranks.is_first else _hush,
+            say=say if ranks.is_first else hush,
             ranks=ranks,
         )
-    if ranks.is_first:
-        output.result(_document(result), human=_summary(result), quiet=result.out)
+    if not ranks.is_first:
+        return
+    if calibrate_only or layers is not None:
+        output.result(
+            {"out": str(out), **result.report},
+            human=pairs(scale_out.next_step(result.report, layers)),
+            quiet=out,
+        )
+    else:
+        output.result(document(result), human=summary(result), quiet=result.out)
 
 
-def _hush(message: str) -> None:
-    """What all ranks would say is said by the first."""
-
-
-@contextmanager
-def _one_voice(ranks: Ranks) -> Iterator[None]:
-    """Of all ranks one says what went wrong; the others end with the same exit code."""
-    try:
-        yield
-    except M27Error as fault:
-        if ranks.is_spokesman:
-            raise
-        raise typer.Exit(fault.exit_code) from None
-
-
-def _document(result: QuantizeResult) -> dict[str, Any]:
+def document(result: QuantizeResult) -> dict[str, Any]:
+    """The result of a run as JSON."""
     report = result.report
     return {
         "out": str(result.out),
@@ -207,7 +198,7 @@ def _document(result: QuantizeResult) -> dict[str, Any]:
     }
 
 
-def _summary(result: QuantizeResult) -> RenderableType:
+def summary(result: QuantizeResult) -> RenderableType:
     """What a person wants to know at the end."""
     report, s = result.report, result.report["summary"]
     cal, cover, scales = report["calibration"], s["coverage"], s["scales"]
