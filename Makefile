@@ -50,6 +50,7 @@ types: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m m27quant.cli.docs cli > docs/cli.md
 	$(BIN)/python -m m27quant.cli.docs checks > docs/checks.md
+	$(BIN)/python -m m27quant.cli.docs serving > docs/serving.md
 	$(BIN)/python -m tests.cli.test_docs
 
 build: $(STAMP)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from m27quant.serve.book import serving
 from m27quant.serve.engines_data import GPUS_PER_NODE, V2_RUNNER, VERSIONS
 from m27quant.verify.engines_data import ATTENTION, BACKENDS, GPUS
 from tests.serve.check_flags import FOUND, unknown_flags
@@ -65,3 +66,11 @@ def test_reasons_are_sentences_of_their_own() -> None:
             assert flag.why
             assert flag.when
             assert not flag.why.endswith(".")
+
+
+def test_the_written_flags_are_up_to_date(repository: Path) -> None:
+    written = (repository / "docs/serving.md").read_text(encoding="utf-8")
+    assert written == serving(), "run `make docs`"
+    for engine in VERSIONS.values():
+        for flag in engine.flags.values():
+            assert f"| `{' '.join([flag.name, *flag.values])}` |" in written

@@ -1,4 +1,4 @@
-"""Writes what docs/ has of the program itself: `python -m m27quant.cli.docs cli > docs/cli.md`, or `checks`."""
+"""Writes what docs/ has of the program itself: `python -m m27quant.cli.docs cli > docs/cli.md`, `checks`, `serving`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer.main
 
 from m27quant.cli.app import app
 from m27quant.report.checks import book
+from m27quant.serve.book import serving
 from m27quant.verify.checks import CHECKS
 
 HEADER = """\
@@ -81,4 +82,5 @@ def _escape(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(reference() if sys.argv[1:] == ["cli"] else book(CHECKS.values()))
+    pages = {"cli": reference, "checks": lambda: book(CHECKS.values()), "serving": serving}
+    sys.stdout.write(pages[sys.argv[1]]())

@@ -84,8 +84,9 @@ def plan_drafts(
     environment: dict[str, str] = {}
     notes: list[str] = []
     if engine.name == "vllm" and c.kind == "eagle3" and _only_nested(c):
-        environment[V2_RUNNER[0]] = V2_RUNNER[1]
-        if taps is not None and taps.captured != default_taps(layers):
+        if taps is None or taps.captured == default_taps(layers):
+            environment[V2_RUNNER[0]] = V2_RUNNER[1]
+        else:
             notes.append(
                 f"{engine.shown} will take hidden states {list(default_taps(layers))} for this drafter's "
                 f"{list(taps.captured)}, and little will be accepted; add eagle_aux_hidden_state_layer_ids "
