@@ -58,7 +58,7 @@ def test_a_key_opens_v1_and_only_the_right_one(tiny: LLM) -> None:
             {},
             {"Authorization": "Bearer wrong"},
             {"Authorization": "sesame"},
-            {"Authorization": "Bearer "},
+            {"Authorization": "Bearer sesame x"},
         ):
             answer = http.post(COMPLETIONS, json=SHORT, headers=sent)
             assert answer.status_code == 401
@@ -109,8 +109,8 @@ def test_a_full_queue_refuses_and_recovers(tiny: LLM) -> None:
     with serving(tiny, max_queue=1) as server, client_of(server) as http:
         with http.stream("POST", COMPLETIONS, json=LONG | {"n": most, "stream": True}) as running:
             next(running.iter_bytes())
-            with http.stream("POST", COMPLETIONS, json=LONG | {"stream": True}):
-                pass  # waits behind the others, and is given up
+            with contextlib.suppress(httpx.ReadTimeout):  # waits behind the others, and is given up
+                http.post(COMPLETIONS, json=SHORT, timeout=0.3)
             refused = http.post(COMPLETIONS, json=SHORT | {"n": 2})
             assert refused.status_code == 429
             assert 1 <= int(refused.headers["retry-after"]) <= 60
@@ -151,7 +151,7 @@ def test_requests_of_several_clients_run_together(tiny: LLM, http: httpx.Client)
 
 
 def test_what_takes_too_long_is_ended(tiny: LLM) -> None:
-    with serving(tiny, request_timeout_s=0.3) as server, client_of(server) as http:
+    with serving(tiny, request_timeout_s=2) as server, client_of(server) as http:
         late = http.post(COMPLETIONS, json=LONG | {"n": 16})
         assert late.status_code == 408
         assert error_of(late)["code"] == "request_timeout"

@@ -82,6 +82,7 @@ def _require() -> None:
 
 def _bind(options: ServerOptions) -> socket.socket:
     """Before the model is loaded: a port that is taken is known at once.  It refuses connections until then."""
+    listener = None
     try:
         found = socket.getaddrinfo(
             options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -90,9 +91,12 @@ def _bind(options: ServerOptions) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as fault:
+    except (OSError, UnicodeError) as fault:
+        if listener is not None:
+            listener.close()
+        why = fault.strerror if isinstance(fault, OSError) else "not a host name"
         raise EnvironmentFault(
-            f"{escape(options.host)}:{options.port} cannot be bound ({fault.strerror})",
+            f"{escape(options.host)}:{options.port} cannot be bound ({why})",
             hint="choose another --host or --port",
         ) from None
     return listener
