@@ -13,18 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from m27quant.checkpoint.config import ARCHITECTURE
 from m27quant.drafters.card import CURVE, render
 from m27quant.drafters.curve import draw
 from m27quant.drafters.prepare import Prepared
 from m27quant.drafters.presets import Shape
 from m27quant.drafters.state import CONFIG, TrainingFolder
+from m27quant.runtime.speculative.eagle3 import DEFAULT_STEPS
 
 CARD = "README.md"
 
 
-def config_of(shape: Shape) -> dict[str, Any]:
+def config_of(shape: Shape, layout: str = "plain") -> dict[str, Any]:
     """config.json."""
+    if layout == "speculators":
+        return _speculators(shape)
     return (_dflash if shape.kind == "dflash" else _eagle3)(shape) | _sizes(shape)
+
+
+def name_in(layout: str, name: str) -> str:
+    """A tensor's name in the file; speculators calls SpecForge's `midlayer` `layers.0`."""
+    return name.replace("midlayer.", "layers.0.", 1) if layout == "speculators" else name
 
 
 def _sizes(s: Shape) -> dict[str, Any]:
@@ -77,6 +86,45 @@ def _eagle3(s: Shape) -> dict[str, Any]:
     }
 
 
+def _speculators(s: Shape) -> dict[str, Any]:
+    """Taps as hidden states, which vLLM and speculators take as they are."""
+    layer = {"model_type": "qwen3" if s.kind == "dflash" else "llama"} | _sizes(s)
+    proposal = {
+        "proposal_type": "greedy",
+        "speculative_tokens": s.block_size - 1 if s.block_size else DEFAULT_STEPS,
+    }
+    common = {
+        "speculators_model_type": s.kind,
+        "speculators_version": "0.9.0",
+        "speculators_config": {
+            "algorithm": s.kind,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"architectures": [ARCHITECTURE], "name_or_path": None},
+        },
+        "target_hidden_size": s.hidden_size,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": layer,
+        "dtype": "bfloat16",
+    }
+    if s.kind == "dflash":
+        layer["layer_types"] = ["full_attention"] * s.num_hidden_layers
+        return common | {
+            "architectures": ["DFlashSpeculator"],
+            "aux_hidden_state_layer_ids": list(s.hidden_states),
+            "block_size": s.block_size,
+            "draft_vocab_size": s.vocab_size,
+            "mask_token_id": s.mask_token_id,
+            "sample_from_anchor": False,
+        }
+    return common | {
+        "architectures": ["Eagle3Speculator"],
+        "draft_vocab_size": s.draft_vocab_size,
+        "eagle_aux_hidden_state_layer_ids": list(s.hidden_states),
+        "norm_before_residual": False,
+    }
+
+
 def write_drafter(
     plan: Prepared,
     masters: Mapping[str, Tensor],
@@ -89,8 +137,10 @@ def write_drafter(
     last: int,
 ) -> dict[str, Any]:
     """Write everything; returns what `TrainResult` is made of."""
-    config = config_of(plan.recipe.shape)
-    tensors = {name: master.to(torch.bfloat16) for name, master in masters.items()} | dict(tables)
+    config = config_of(plan.recipe.shape, layout)
+    tensors = {name_in(layout, name): master.to(torch.bfloat16) for name, master in masters.items()} | dict(
+        tables
+    )
     steps = [entry for entry in entries if entry["event"] == "step"][-last:]
     evaluations = [entry for entry in entries if entry["event"] == "eval"]
     places = min((len(entry["accuracy"]) for entry in steps), default=0)
