@@ -26,16 +26,28 @@ if TYPE_CHECKING:
     from m27quant.estimate import DryRun, dry_run
     from m27quant.llm import load
     from m27quant.prepare import Options
+    from m27quant.pull import PullOptions, PullResult, pull_checkpoint
+    from m27quant.push import PushOptions, PushResult, push_checkpoint
     from m27quant.quantize import QuantizeResult, quantize_checkpoint
     from m27quant.runtime.api import LLM, GenerateResult, StreamEvent
     from m27quant.runtime.generation import SamplingParams
     from m27quant.runtime.options import RunOptions
+    from m27quant.serve.launch import Launch, LaunchOptions, plan_launch
     from m27quant.verify.findings import VerifyResult
     from m27quant.verify.run import verify_checkpoint
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "PushOptions": "m27quant.push",
+    "PushResult": "m27quant.push",
+    "push_checkpoint": "m27quant.push",
+    "PullOptions": "m27quant.pull",
+    "PullResult": "m27quant.pull",
+    "pull_checkpoint": "m27quant.pull",
+    "LaunchOptions": "m27quant.serve.launch",
+    "Launch": "m27quant.serve.launch",
+    "plan_launch": "m27quant.serve.launch",
     "BenchOptions": "m27quant.bench.requests",
     "BenchResult": "m27quant.bench.result",
     "bench_checkpoint": "m27quant.bench.run",
@@ -77,8 +89,14 @@ __all__ = [
     "EvalOptions",
     "EvalResult",
     "GenerateResult",
+    "Launch",
+    "LaunchOptions",
     "Options",
     "Overview",
+    "PullOptions",
+    "PullResult",
+    "PushOptions",
+    "PushResult",
     "QuantizeResult",
     "RunOptions",
     "SamplingParams",
@@ -95,6 +113,9 @@ __all__ = [
     "generate_drafter_data",
     "inspect_checkpoint",
     "load",
+    "plan_launch",
+    "pull_checkpoint",
+    "push_checkpoint",
     "quantize_checkpoint",
     "train_drafter",
     "verify_checkpoint",
