@@ -17,7 +17,7 @@ from m27quant.checkpoint.lock import OutputLock
 from m27quant.checkpoint.workspace import PRIVATE, Workspace, check_same, is_intact
 from m27quant.errors import CheckpointError, FindingsError, OutputError, UsageError, escape
 from m27quant.finish import build_result, output_names
-from m27quant.plan import Plan, check_disk, check_paths
+from m27quant.plan import Plan, Unit, check_disk, check_paths
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.quantize import QuantizeResult, log
@@ -127,9 +127,26 @@ def _read_part(folder: Path) -> Part:
     entries = read_journal(folder / PRIVATE / "journal.jsonl")
     about = next((e for e in entries if e["step"] == "part"), None)
     units = {e["name"]: e for e in entries if e["step"] == "unit"}
+    for entry in units.values():
+        _check_entry(entry, folder)
     if about is None:
         raise FindingsError(f"{shown}: unfinished; continue it with --resume ({len(units)} units are done)")
     return Part(folder, about, units)
+
+
+def _check_entry(entry: Mapping[str, Any], folder: Path) -> None:
+    """A journal that somebody else has written may say anything: names must be plain."""
+    files = entry.get("files")
+    plain = isinstance(files, list) and all(
+        isinstance(f, dict)
+        and isinstance(f.get("name"), str)
+        and f["name"] == Path(f["name"]).name
+        and isinstance(f.get("size"), int)
+        and isinstance(f.get("sha256"), str)
+        for f in files
+    )
+    if not plain or not isinstance(entry.get("name"), str):
+        raise CheckpointError(f"{escape(folder)}: its journal is not one of m27quant's")
 
 
 def _difference(one: Any, two: Any) -> str:
@@ -198,12 +215,20 @@ def _join(
     workspace.open({**fingerprint, "assembled": True}, resume=True, overwrite=False)
     try:
         workspace.refuse_collisions(output_names(prepared, options))
-        if workspace.journal.find("commit") is None:
-            _bring(owners, prepared.plan, workspace, progress, stop)
-        done = {entry["name"]: entry for entry in workspace.journal.all("unit")}
+        journal = workspace.journal
+        left = [u for u in prepared.plan.units if journal.find("unit", name=u.name) is None]
+        new = _checked(owners, left, progress, stop)
+        for entry in new:
+            for file in entry["files"]:
+                stop()
+                source = owners[entry["name"]].file(file["name"])
+                _link(source, workspace.work / file["name"], file["size"])
+        done = {entry["name"]: entry for entry in [*journal.all("unit"), *new]}
         report, shards, documents = build_result(prepared, done, calibrated.dropped, fingerprint)
-        if verify and workspace.journal.find("commit") is None:
+        if verify and journal.find("commit") is None:
             _verify(workspace, shards, documents, progress)
+        for entry in new:  # not before it is sure that the whole will be
+            journal.append("unit", **entry)
         progress(Progress(stage="commit", fraction=1.0))
         workspace.commit(shards, documents)
     except BaseException:
@@ -214,32 +239,23 @@ def _join(
     return report, False
 
 
-def _bring(
-    owners: Mapping[str, Part],
-    plan: Plan,
-    workspace: Workspace,
-    progress: ProgressCallback,
-    stop: Callable[[], None],
-) -> None:
-    """Check every shard's content, and link or copy it to the work folder."""
-    faults: list[str] = []
-    for number, unit in enumerate(plan.units):
+def _checked(
+    owners: Mapping[str, Part], units: Sequence[Unit], progress: ProgressCallback, stop: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """The parts' journal entries of `units`, after their files' content was compared with them."""
+    entries, faults = [], []
+    for number, unit in enumerate(units):
         stop()
-        progress(Progress(stage="check parts", fraction=number / len(plan.units)))
-        if workspace.journal.find("unit", name=unit.name) is not None:
-            continue
+        progress(Progress(stage="check parts", fraction=number / len(units)))
         part = owners[unit.name]
         entry = {k: v for k, v in part.units[unit.name].items() if k != "step"}
         damaged = [f["name"] for f in entry["files"] if not is_intact(part.file(f["name"]), f)]
-        sizes_fit = [f["size"] for f in entry["files"]] == [shard.size for shard in unit.shards]
-        if damaged or not sizes_fit:
+        if damaged or [f["size"] for f in entry["files"]] != [shard.size for shard in unit.shards]:
             what = ", ".join(escape(name) for name in damaged) or "sizes differ from the plan"
             faults.append(f"{escape(part.out)}: {unit.name} is missing or damaged ({what})")
-        elif not faults:
-            for file in entry["files"]:
-                _link(part.file(file["name"]), workspace.work / file["name"], file["size"])
-            workspace.journal.append("unit", **entry)
+        entries.append(entry)
     _refuse(faults)
+    return entries
 
 
 def _link(source: Path, target: Path, size: int) -> None:

@@ -60,7 +60,12 @@ def launch(
     processes = []
     for rank in range(size):
         extra = dict((only or {}).get(rank, {}))
-        env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+        env: dict[str, str | None] = {
+            **common,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(size),
+        }
         env |= extra.pop("env", {})
         more = [SMALL_CHUNKS, PATIENCE, *(setup or []), *extra.pop("setup", [])]
         processes.append(program.start(*argv, *extra.pop("argv", ()), env=env, setup=more))

@@ -66,6 +66,7 @@ def read_calibrated(path: Path) -> Calibrated:
         )
     try:
         _require(isinstance(content["fingerprint"], dict) and isinstance(content["settings"], dict))
+        _require(len(content["lengths"]) > 0)
         return Calibrated(
             fingerprint=content["fingerprint"],
             settings=content["settings"],
