@@ -64,15 +64,13 @@ class PlainDFlash(nn.Module):
         )
         self.rope = modeling_qwen3.Qwen3RotaryEmbedding(config)
 
-    def loss(
-        self, batch: Batch, anchors_BA: Tensor, shared: Shared, slot_weights_K1: Tensor, soft: float
-    ) -> Tensor:
-        (B, T), A, K = batch.ids_BT.shape, anchors_BA.shape[1], len(slot_weights_K1) + 1
+    def hidden(self, batch: Batch, anchors_BA: Tensor, shared: Shared, block: int) -> Tensor:
+        """[B, A, K, D], after the final norm."""
+        (B, T), A, K = batch.ids_BT.shape, anchors_BA.shape[1], block
         device = anchors_BA.device
-        slots = torch.arange(K, device=device)
         ids = torch.full((B, A, K), self.spec.mask_token_id, device=device)
         ids[..., 0] = batch.ids_BT.gather(1, anchors_BA)
-        at = (anchors_BA[..., None] + slots).flatten(1)
+        at = (anchors_BA[..., None] + torch.arange(K, device=device)).flatten(1)
         before = torch.arange(T, device=device) < anchors_BA.repeat_interleave(K, 1)[..., None]
         group = torch.arange(A * K, device=device) // K
         own = (group[:, None] == group).expand(B, -1, -1)
@@ -85,9 +83,16 @@ class PlainDFlash(nn.Module):
             h = layer.input_layernorm(x)
             x = x + self._attention(layer.self_attn, h, torch.cat((context, h), 1), cos, sin, mask)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
-        hidden = self.norm(x).view(B, A, K, -1)[:, :, 1:]
-        at = at.view(B, A, K)[..., 1:]
-        counted, row = at < batch.lengths_B[:, None, None], torch.arange(B, device=device)[:, None, None]
+        return self.norm(x).view(B, A, K, -1)
+
+    def loss(
+        self, batch: Batch, anchors_BA: Tensor, shared: Shared, slot_weights_K1: Tensor, soft: float
+    ) -> Tensor:
+        K, T, device = len(slot_weights_K1) + 1, batch.ids_BT.shape[1], anchors_BA.device
+        hidden = self.hidden(batch, anchors_BA, shared, K)[:, :, 1:]
+        at = anchors_BA[..., None] + torch.arange(1, K, device=device)
+        counted = at < batch.lengths_B[:, None, None]
+        row = torch.arange(len(at), device=device)[:, None, None]
         at = at.clamp(max=T - 1)
         teacher = F.linear(batch.final_BTD[row, at - 1][counted], shared.head_VD)
         logits = F.linear(hidden[counted], shared.head_VD)
@@ -122,32 +127,20 @@ class PlainEagle3(nn.Module):
         self.lm_head = nn.Linear(D, spec.draft_vocab_size, bias=False)
         self.rope = modeling_llama.LlamaRotaryEmbedding(config)
 
-    def loss(
-        self, batch: Batch, shared: Shared, vocabulary: Vocabulary, num_steps: int, decay: float, soft: float
-    ) -> Tensor:
+    def hidden(self, batch: Batch, shared: Shared, num_steps: int) -> list[Tensor]:
+        """[B, N, D] of each step, after the final norm; slots that reach beyond the text hold rubbish."""
         (B, T), layer, C = batch.ids_BT.shape, self.midlayer, self.spec.head_dim
-        N, device = T - 2, batch.ids_BT.device
-        learned, rows_BT = batch.learned_BT(), vocabulary.rows_V()[batch.ids_BT]
-        with torch.no_grad():
-            target = F.linear(batch.final_BTD, shared.head_VD)
-            known = vocabulary.rows_V()[target.argmax(-1)] >= 0
-            known &= (rows_BT.roll(-1, 1) >= 0) | (soft == 1)
-            target = target[..., vocabulary.tokens_W]
-        hidden, a = self.fc(batch.taps_BTF[:, :N]), layer.self_attn
+        N, device, a = T - 2, batch.ids_BT.device, self.midlayer.self_attn
+        hidden = self.fc(batch.taps_BTF[:, :N])
         causal = torch.ones(N, N, dtype=torch.bool, device=device).tril()
         own = torch.eye(N, dtype=torch.bool, device=device)
-        keys, values, total, written, first = (
-            [],
-            [],
-            torch.zeros((), device=device),
-            learned.new_ones(B, N),
-            None,
-        )
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        outputs = []
         for j in range(num_steps):
-            ids = F.pad(batch.ids_BT[:, 1 + j : 1 + j + N], (0, N - min(N, T - 1 - j)))
-            u = torch.cat(
-                (layer.input_layernorm(F.embedding(ids, shared.embed_VD)), layer.hidden_norm(hidden)), -1
-            )
+            ids = F.pad(batch.ids_BT, (0, num_steps))[:, 1 + j : 1 + j + N]
+            embedded = F.embedding(ids, shared.embed_VD)
+            u = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), -1)
             q, k, v = (_heads(f(u), C).transpose(1, 2) for f in (a.q_proj, a.k_proj, a.v_proj))
             cos, sin = self.rope(u, torch.arange(j, j + N, device=device).expand(B, -1))
             q, k = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
@@ -156,12 +149,27 @@ class PlainEagle3(nn.Module):
             mask = torch.cat((causal, *[own] * j), -1)[None, None].expand(B, 1, -1, -1)
             hidden = hidden + _attend(a, q, torch.cat(keys, 2), torch.cat(values, 2), mask)
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            outputs.append(self.norm(hidden))
+        return outputs
+
+    def loss(
+        self, batch: Batch, shared: Shared, vocabulary: Vocabulary, num_steps: int, decay: float, soft: float
+    ) -> Tensor:
+        B, N = len(batch.ids_BT), batch.ids_BT.shape[1] - 2
+        learned, tokens_BT = batch.learned_BT(), vocabulary.rows_V()[batch.ids_BT].roll(-1, 1)
+        with torch.no_grad():
+            target = F.linear(batch.final_BTD, shared.head_VD)
+            known = vocabulary.rows_V()[target.argmax(-1)] >= 0
+            known &= (tokens_BT >= 0) | (soft == 1)
+            target = target[..., vocabulary.tokens_W]
+        written, losses, first = learned.new_ones(B, N), [], 0
+        for j, hidden in enumerate(self.hidden(batch, shared, num_steps)):
             n = N - j
             written = written[:, :n] & learned[:, 2 + j : 2 + j + n]
             counted = F.pad(written & known[:, 1 + j : 1 + j + n], (0, j))
-            first = counted.sum() if first is None else first
             at = counted.nonzero()
-            teacher, tokens = (x[at[:, 0], at[:, 1] + 1 + j] for x in (target, rows_BT.roll(-1, 1)))
-            logits = self.lm_head(self.norm(hidden)[counted])
-            total = total + decay**j * _cross_entropy(logits, teacher, tokens.clamp(min=0), soft).sum()
-        return total / first
+            teacher, tokens = (x[at[:, 0], at[:, 1] + 1 + j] for x in (target, tokens_BT))
+            loss = _cross_entropy(self.lm_head(hidden[counted]), teacher, tokens.clamp(min=0), soft)
+            losses.append(decay**j * loss.sum())
+            first = first or len(at)
+        return torch.stack(losses).sum() / first
