@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from m27quant.serve.engines_data import (
+    DRAFT_CACHE_WHY,
     GPUS_PER_NODE,
     NEVER,
     V2_RUNNER,
@@ -69,8 +70,8 @@ CAN = (
 DRAFTERS = """\
 An EAGLE3 drafter whose taps are nested alone, and are V2's defaults, gets `{name}={value}` in front of vLLM's
 command. Where they are others, a warning says so, and what to add to its config.json; a wrong tap costs acceptance,
-never correctness. In vLLM DFlash runs with FLASH_ATTN, which on SM12x has no FP8 cache: there the drafter's cache is
-BF16. A drafter that `verify --drafter` finds errors in is refused.
+never correctness. In vLLM DFlash runs with FLASH_ATTN, and beside a target with an FP8 cache with {cache}.
+A drafter that `verify --drafter` finds errors in is refused.
 
 """
 
@@ -129,7 +130,7 @@ def _parts() -> Iterator[str]:
     yield from (f"| `{name}` | {why} |\n" for name, why in NEVER.items())
     yield "\n## Drafters\n\n| | vLLM 0.33 | SGLang 0.5.23 | builtin |\n|---|---|---|---|\n"
     yield from (f"| {' | '.join(row)} |\n" for row in CAN)
-    yield "\n" + DRAFTERS.format(name=V2_RUNNER[0], value=V2_RUNNER[1])
+    yield "\n" + DRAFTERS.format(name=V2_RUNNER[0], value=V2_RUNNER[1], cache=DRAFT_CACHE_WHY)
     yield REST
 
 

@@ -304,6 +304,10 @@ V2_RUNNER_WHY = (
     "vLLM's V1 runner takes the ids nested in eagle_config one layer too early (vllm#43671); V2, which is the default, "
     "ignores them and takes its defaults, which are this drafter's taps"
 )
+DRAFT_CACHE_WHY = (
+    "its own cache in BF16, as drafts look at each other in both directions, for which attention with an FP8 cache "
+    "was missing (vllm#41559, #48787)"
+)
 NEVER = {
     "--trust-remote-code": "never needed: both engines have MiniMax-M2, EAGLE3 and DFlash of their own, and the remote "
     "configuration's token ids are wrong",

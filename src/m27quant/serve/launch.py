@@ -271,7 +271,7 @@ def _decide(
     if options.tp and there is not None and max(options.tp, options.ep or 1) > there * _most_nodes(options):
         raise UsageError(
             f"--tp {options.tp}: this machine has {there} {gpu.name}",
-            hint="name the GPUs that will serve with --gpu, if it is not this machine",
+            hint="name the GPUs that will serve with --gpu, or machine 0 with --master-addr where several serve",
         )
     sizes = [options.tp] if options.tp else _sizes(c, engine, gpu, there)
     for tp in sizes:
@@ -307,7 +307,7 @@ def _with_tp(
     slices = slices_of(engine.name, tp, ep)
     declared = cache_is_fp8(view, engine.name)
     fp8_cache = declared and not (engine.name == "sglang" and gpu.sm in HOPPER)  # M27-V008
-    speculation = _speculation(engine, gpu, c, options, drafter, fp8_cache)
+    speculation = _speculation(engine, c, options, drafter, fp8_cache)
     size = None
     if speculation is not None and drafter is not None and drafter.config is not None:
         draft_fp8 = fp8_cache and not speculation.bf16_cache
@@ -344,7 +344,6 @@ def _spread(
 
 def _speculation(
     engine: EngineVersion,
-    gpu: Gpu,
     c: M2Config,
     options: LaunchOptions,
     drafter: _Drafter | None,
@@ -354,7 +353,7 @@ def _speculation(
         return None
     taps: Taps | None = read_taps(drafter.config, c.num_hidden_layers, Findings())
     return plan_drafts(
-        drafter.config, taps, options.wish, engine=engine, gpu=gpu, layers=c.num_hidden_layers,
+        drafter.config, taps, options.wish, engine=engine, layers=c.num_hidden_layers,
         fp8_cache=fp8_cache, model=drafter.model, revision=drafter.location.commit,
     )  # fmt: skip
 

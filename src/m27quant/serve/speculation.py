@@ -9,16 +9,15 @@ from typing import Any
 from m27quant.checkpoint.drafter_config import DrafterConfig, Kind, Taps, default_taps
 from m27quant.errors import FindingsError, UsageError
 from m27quant.serve.engines_data import (
-    CONSUMER,
     DEFAULT_STEPS,
     DEFAULT_TREE_ROWS,
+    DRAFT_CACHE_WHY,
     MAX_DRAFT_TOKENS,
     V2_RUNNER,
     V2_RUNNER_WHY,
     EngineVersion,
 )
 from m27quant.serve.memory_fit import DrafterSize
-from m27quant.verify.engines_data import Gpu
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +57,6 @@ def plan_drafts(
     wish: Wish,
     *,
     engine: EngineVersion,
-    gpu: Gpu,
     layers: int,
     fp8_cache: bool,
     model: str,
@@ -97,14 +95,12 @@ def plan_drafts(
             f"{engine.shown} answers at most 48 requests at a time with a drafter unless --max-num-seqs says more"
         )
     shown = "the engine's own" if taps is None else f"hidden states {', '.join(map(str, taps.captured))}"
-    bf16_cache = (
-        engine.name == "vllm" and c.kind == "dflash" and fp8_cache and gpu.sm in CONSUMER
-    )  # FLASH_ATTN has no FP8 cache there and raises NotImplementedError
+    bf16_cache = engine.name == "vllm" and c.kind == "dflash" and fp8_cache
     return Speculation(
         kind=c.kind, model=model, revision=revision, steps=steps, topk=topk, rows=rows, bf16_cache=bf16_cache,
         environment=environment, reasons=dict.fromkeys(environment, V2_RUNNER_WHY), notes=tuple(notes),
         detail=f"{steps} drafts a step, taps are {shown}"
-        + ("; FLASH_ATTN has no FP8 cache on this GPU" if bf16_cache else ""),
+        + (f"; {DRAFT_CACHE_WHY}" if bf16_cache else ""),
     )  # fmt: skip
 
 
