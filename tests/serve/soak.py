@@ -195,11 +195,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=64)
     args = parser.parse_args()
-    command = [sys.executable, "-m", "m27quant.serve", "examples/tiny-m27", "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "m27quant",
+        "serve",
+        "examples/tiny-m27",
+        "--engine",
+        "builtin",
+        "--port",
+        "0",
+    ]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root) as process:
         assert process.stderr is not None
-        address = next(line.split()[-1] for line in process.stderr if line.startswith("listening"))
+        address = next(line.split()[-1] for line in process.stderr if "listening on http" in line)
         memory = psutil.Process(process.pid).memory_info
         asyncio.run(
             Clients(address, seed=1).run(args.clients, args.seconds / 6)

@@ -259,10 +259,20 @@ def test_signals_end_the_process(repository: Path) -> None:
     """The first one lets an answer finish and ends with 0; the second one ends at once."""
 
     def start() -> tuple[subprocess.Popen[str], str]:
-        command = [sys.executable, "-m", "m27quant.serve", "examples/tiny-m27", "--port", "0"]
+        command = [
+            sys.executable,
+            "-m",
+            "m27quant",
+            "serve",
+            "examples/tiny-m27",
+            "--engine",
+            "builtin",
+            "--port",
+            "0",
+        ]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=repository)
         assert process.stderr is not None
-        return process, next(line.split()[-1] for line in process.stderr if line.startswith("listening"))
+        return process, next(line.split()[-1] for line in process.stderr if "listening on http" in line)
 
     for signals, expected in ((1, 0), (2, 128 + signal.SIGTERM)):
         process, address = start()

@@ -43,6 +43,9 @@ def serve(
     drafter_tap_offset: opt.TapOffset = None,
     drafter_rope_theta: opt.RopeTheta = None,
     max_queue: ask.MaxQueue = None,
+    max_tokens: ask.MaxTokens = None,
+    max_choices: ask.MaxChoices = None,
+    max_body: ask.MaxBody = None,
     request_timeout: ask.RequestTimeout = None,
     drain_timeout: ask.DrainTimeout = None,
     cors_origin: ask.CorsOrigin = None,
@@ -92,7 +95,8 @@ def serve(
         device=(device, "auto"), invariant=(invariant, None), max_memory=(max_memory, None),
     )  # fmt: skip
     builtin_server = given(
-        max_queue=max_queue, request_timeout_s=request_timeout, drain_timeout_s=drain_timeout,
+        max_queue=max_queue, max_tokens=max_tokens, max_choices=max_choices, max_body_bytes=max_body,
+        request_timeout_s=request_timeout, drain_timeout_s=drain_timeout,
         cors_origins=tuple(cors_origin) if cors_origin else None, chat_page=False if no_chat_page else None,
     )  # fmt: skip
     if engine == "builtin":

@@ -31,7 +31,7 @@ class Asked:
 
 
 OPTIONS = {
-    "max_queue": "--max-queue",
+    "max_body_bytes": "--max-body",
     "request_timeout_s": "--request-timeout",
     "drain_timeout_s": "--drain-timeout",
     "tap_offset": "--drafter-tap-offset",

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from m27quant.cli.options import Token
+from m27quant.cli.options import Token, as_parser
+from m27quant.cli.units import parse_size
 from m27quant.cli.verify_options import GPUS, one_of
 
 ENGINES = ("vllm", "sglang", "builtin")
@@ -191,6 +192,37 @@ MaxQueue = Annotated[
         "--max-queue",
         min=0,
         help="Answers that may wait; further requests get 429.  [default: 256]",
+        rich_help_panel=BUILTIN,
+        show_default=False,
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-tokens",
+        min=1,
+        help="Of one answer; requests for more get 400.  [default: as many as fit]",
+        rich_help_panel=BUILTIN,
+        show_default=False,
+    ),
+]
+MaxChoices = Annotated[
+    int | None,
+    typer.Option(
+        "--max-choices",
+        min=1,
+        help="Answers to one request: n times its prompts.  [default: 64]",
+        rich_help_panel=BUILTIN,
+        show_default=False,
+    ),
+]
+MaxBody = Annotated[
+    int | None,
+    typer.Option(
+        "--max-body",
+        metavar="SIZE",
+        parser=as_parser(parse_size),
+        help="Of one request; larger ones get 413.  [default: 16MiB]",
         rich_help_panel=BUILTIN,
         show_default=False,
     ),
