@@ -139,7 +139,7 @@ def test_eagle3_takes_chains_and_trees(task: str) -> None:
     assert [c.setting for c in found.cells] == [None, "chain 2", "tree 3/2/6"]
     drafts = [c.acceptance.stats.drafts_per_step for c in found.cells if c.acceptance.stats]
     assert 0 == drafts[0] < drafts[1] <= 2 < drafts[2] <= 5
-    with pytest.raises(UsageError, match=r"--block-size is for DFlash.*Eagle3Drafter"):
+    with pytest.raises(UsageError, match="--block-size is for DFlash, not for an EAGLE3 drafter"):
         bench_checkpoint(TINY, options(task, settings=(Setting("block", 4),)), drafter=EAGLE3, check=False)
 
 
@@ -149,6 +149,19 @@ def test_prompt_lookup_needs_no_folder(task: str) -> None:
     assert [(c.setting, c.num_requests) for c in found.cells] == [(None, 2), ("3 drafts", 2)]
     with pytest.raises(UsageError, match="--block-size is for DFlash, not for a NgramDrafter"):
         bench_checkpoint(TINY, options(task, settings=(Setting("block", 4),)), drafter="ngram", check=False)
+
+
+def test_what_a_drafter_cannot_is_known_before_the_model_is_loaded(
+    task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m27quant.llm.load", lambda *a, **k: pytest.fail("it was loaded"))
+    for setting, message in (
+        (Setting("tree", 8, 3, 4), "--tree is for EAGLE3, not for a DFlash drafter"),
+        (Setting("block", 64), "64 rows are more than this drafter's block_size"),
+        (Setting("chain", 63), "63 drafts are more than this drafter's block_size"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            bench_checkpoint(TINY, options(task, settings=(setting,)), drafter=DFLASH)
 
 
 def test_a_drafter_of_other_taps_is_refused(llm: LLM) -> None:

@@ -19,6 +19,9 @@ def test_rows_are_taken_round_and_round_behind_the_warm_up() -> None:
     assert [r.messages[0]["content"] for r in warm] == ["a", "b"]
     assert [r.messages[0]["content"] for r in measured] == ["c", "a", "b", "c", "a"]
     assert [r.index for r in warm + measured] == list(range(7))
+    assert {r.max_tokens for r in warm} == {64}
+    assert {r.max_tokens for r in measured} == {4096}
+    assert {r.max_tokens for r in make_requests(ROWS, BenchOptions(max_tokens=8), 1)[0]} == {8}
 
 
 def test_seeds_depend_on_the_seed_and_the_place_alone() -> None:

@@ -92,6 +92,7 @@ def test_plain_prompts_and_messages_stay_as_they_are(tmp_path: Path) -> None:
         ('{"problem": 3}', CheckpointError, "line 1: no text in the column 'problem', which math500 needs"),
         ('{"prompt": []}', CheckpointError, "no text in the column 'prompt', which mt-bench needs"),
         ('{"prompt": "  "}', CheckpointError, "none of the columns"),
+        ('{"messages": [{"content": "a"}]}', CheckpointError, "line 1: a message has no role"),
     ],
 )
 def test_bad_rows_are_named(content: str, fault: type[M27Error], message: str, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class InProcess:
             temperature=o.temperature,
             top_p=o.top_p,
             top_k=o.top_k,
-            max_tokens=o.max_tokens,
+            max_tokens=request.max_tokens,
             seed=request.seed,
         )
 

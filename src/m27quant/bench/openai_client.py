@@ -132,7 +132,7 @@ def chat_body(request: Request, model: str, options: BenchOptions) -> dict[str, 
     return {
         "model": model,
         "messages": request.messages,
-        "max_tokens": options.max_tokens,
+        "max_tokens": request.max_tokens,
         "seed": request.seed,
         "stream": True,
         "stream_options": {"include_usage": True},

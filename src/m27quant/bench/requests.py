@@ -10,6 +10,8 @@ from m27quant.bench.tasks import Conversation
 from m27quant.errors import UsageError
 from m27quant.runtime.generation import derived_seed
 
+WARM_TOKENS = 64
+"""Of an answer that is not measured."""
 SEED_RANGE = 2**31
 """Servers take seeds below it."""
 
@@ -69,16 +71,18 @@ class Request:
     index: int
     messages: Conversation
     seed: int
+    max_tokens: int
 
 
 def make_requests(
     conversations: Sequence[Conversation], options: BenchOptions, concurrency: int
 ) -> tuple[list[Request], list[Request]]:
-    """What warms up, one request for each in flight, and what is measured behind it; rows are taken round and round."""
+    """What warms up, a short request for each in flight, and what is measured; rows are taken round and round."""
 
-    def request(index: int) -> Request:
+    def request(index: int, max_tokens: int) -> Request:
         seed = derived_seed(options.seed, index) % SEED_RANGE
-        return Request(index, conversations[index % len(conversations)], seed)
+        return Request(index, conversations[index % len(conversations)], seed, max_tokens)
 
-    last = concurrency + options.count(concurrency)
-    return [request(i) for i in range(concurrency)], [request(i) for i in range(concurrency, last)]
+    last, short = concurrency + options.count(concurrency), min(WARM_TOKENS, options.max_tokens)
+    warm = [request(i, short) for i in range(concurrency)]
+    return warm, [request(i, options.max_tokens) for i in range(concurrency, last)]

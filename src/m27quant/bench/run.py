@@ -12,7 +12,7 @@ from m27quant.bench.requests import BenchOptions, Request, make_requests
 from m27quant.bench.result import BenchResult, Cell, Reading
 from m27quant.bench.sweep import recommend
 from m27quant.bench.tasks import Loaded, load_task
-from m27quant.bench.variants import describe, resized, run_flags
+from m27quant.bench.variants import check_settings, describe, resized, run_flags
 from m27quant.environment import describe_environment
 from m27quant.errors import EnvironmentFault, UsageError, escape
 from m27quant.progress import Progress, ProgressCallback, ignore
@@ -107,15 +107,15 @@ def bench_checkpoint(
         raise UsageError("settings of a drafter, but no drafter", hint="name one with --drafter")
     tasks = _tasks(options, offline, token)
     location = locate(str(checkpoint), revision=revision, offline=offline, token=token)
-    named: str | Path | None = drafter
+    folder = None
     if drafter is not None and str(drafter) != NGRAM:
-        named = locate(str(drafter), offline=offline, token=token).folder
+        folder = locate(str(drafter), offline=offline, token=token).folder
+    check_settings(folder, options.settings)
     variants: list[Drafter] = []
 
     def largest(model: Any) -> Drafter:
         """The drafter at the setting that takes most memory; the others share its weights."""
-        assert named is not None
-        made = make_named(named, drafter_options or DrafterOptions(), location.folder, say)(model)
+        made = make_named(folder or NGRAM, drafter_options or DrafterOptions(), location.folder, say)(model)
         variants.extend(resized(made, setting) for setting in options.settings)
         if not variants:
             variants.append(made)
@@ -123,7 +123,7 @@ def bench_checkpoint(
 
     running = replace(run_options or Options(), max_num_seqs=max(options.concurrency), seed=options.seed)
     llm = load(
-        location.folder, running, drafter=None if named is None else largest, check=check, say=say, progress=loading,
+        location.folder, running, drafter=None if drafter is None else largest, check=check, say=say, progress=loading,
     )  # fmt: skip
     distinct = {describe(d): d for d in variants}
     subjects: dict[str | None, Subject] = {None: InProcess(llm, options, None)}
@@ -190,7 +190,7 @@ def bench_server(
         subject=base_url,
         drafter=None,
         options={**asdict(options), "model": servers[0].model, "baseline_url": baseline_url},
-        machine={"client": machine()},
+        machine={"client": machine(), "server": servers[0].version()},
     )
     _measure(result, subjects, tasks, options, progress, stop, on_cell)
     result.complete = True

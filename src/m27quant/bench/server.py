@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import deque
@@ -41,6 +42,18 @@ class Server:
         answers, seconds = self._answers(requests, concurrency, watch)
         acceptance, notices = self._acceptance(answers, before)
         return Reading(answers=answers, seconds=seconds, acceptance=acceptance, notices=notices)
+
+    def version(self) -> str | None:
+        """What vLLM and others state at /version, SGLang at /get_server_info; None where nothing is stated."""
+        for path in ("/version", "/get_server_info"):
+            try:
+                found = json.loads(self._client.get(path))
+            except (EnvironmentFault, ValueError, RecursionError):
+                continue
+            stated = found.get("version") if isinstance(found, dict) else None
+            if isinstance(stated, str):
+                return escape(stated, 80)
+        return None
 
     def _answers(
         self, requests: Sequence[Request], concurrency: int, watch: Watch

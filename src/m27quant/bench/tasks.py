@@ -113,7 +113,12 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
     """The messages of a row of a file whose task is told by its columns; raises `CheckpointError`."""
     prompt = row.get("prompt")
     if isinstance(messages := row.get("messages"), list) and messages:
-        return [dict(m) if isinstance(m, Mapping) else m for m in messages]
+        if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
+            raise CheckpointError(
+                f"{where}: a message has no role",
+                hint='write {"messages": [{"role": "user", "content": "..."}]}',
+            )
+        return [dict(m) for m in messages]
     if "problem" in row:
         return TASKS["math500"].conversation(row, where)
     if "question" in row:

@@ -2,12 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from m27quant.bench.settings import Setting
+from m27quant.checkpoint.drafter_config import parse_drafter
+from m27quant.checkpoint.strict_json import read_object
 from m27quant.errors import UsageError
 from m27quant.runtime.speculative.dflash import DFlashDrafter
 from m27quant.runtime.speculative.eagle3 import Eagle3Drafter
 from m27quant.runtime.speculative.ngram import NgramDrafter
 from m27quant.runtime.speculative.proposal import Drafter
+
+
+class _Unheard:
+    """Faults of a config are told when the drafter is loaded."""
+
+    def __init__(self) -> None:
+        self._codes: set[str] = set()
+
+    def add(self, code: str, message: str, /, *, expected: object = None, found: object = None) -> None:
+        self._codes.add(code)
+
+    def codes(self) -> set[str]:
+        return self._codes
+
+
+def check_settings(folder: Path | None, settings: Sequence[Setting]) -> None:
+    """Refuse settings that the drafter in `folder` cannot have, before anything long starts; None: prompt lookup.
+
+    Raises:
+        UsageError: the first of them.
+        CheckpointError: no readable config.json.
+    """
+    if not settings:
+        return
+    if folder is None:
+        for setting in settings:
+            resized(NgramDrafter(), setting)
+        return
+    config = parse_drafter(read_object(folder / "config.json"), _Unheard())
+    if config is None:
+        return
+    wrong = "tree" if config.kind == "dflash" else "block"
+    block = config.section().get("block_size", config.raw.get("block_size"))
+    for setting in settings:
+        if setting.kind == wrong:
+            raise _misfit(setting, "a DFlash drafter" if config.kind == "dflash" else "an EAGLE3 drafter")
+        rows = setting.size + 1 if setting.kind == "chain" else setting.size
+        if config.kind == "dflash" and isinstance(block, int) and rows > block:
+            raise UsageError(
+                f"{setting.size} {'drafts' if setting.kind == 'chain' else 'rows'} are more than this drafter's "
+                f"block_size {block} allows",
+                hint=f"at most --block-size {block}, or --num-draft-tokens {block - 1}",
+            )
 
 
 def resized(drafter: Drafter, setting: Setting) -> Drafter:
@@ -38,11 +86,17 @@ def resized(drafter: Drafter, setting: Setting) -> Drafter:
         )
     if isinstance(drafter, NgramDrafter) and chain:
         return NgramDrafter(setting.size, max_ngram=drafter.max_ngram, min_ngram=drafter.min_ngram)
-    wanted = {"block": "--block-size is for DFlash", "tree": "--tree is for EAGLE3"}.get(
-        setting.kind, "--num-draft-tokens is for DFlash, EAGLE3 and ngram"
-    )
-    raise UsageError(
-        f"{wanted}, not for a {type(drafter).__name__}", hint="leave it out, or name another drafter"
+    raise _misfit(setting, f"a {type(drafter).__name__}")
+
+
+def _misfit(setting: Setting, drafter: str) -> UsageError:
+    whose = {
+        "block": "--block-size is for DFlash",
+        "tree": "--tree is for EAGLE3",
+        "chain": "--num-draft-tokens is for DFlash, EAGLE3 and ngram",
+    }
+    return UsageError(
+        f"{whose[setting.kind]}, not for {drafter}", hint="leave it out, or name another drafter"
     )
 
 

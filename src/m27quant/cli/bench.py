@@ -190,7 +190,7 @@ def _measured(output: Output, measure: Measure, *, enabled: bool) -> tuple[Bench
     """
     so_far: list[BenchResult] = []
     try:
-        with graceful(output, "") as stop, _phases(output, enabled) as (loading, progress):
+        with graceful(output, "") as stop, _phases(output, enabled, stop) as (loading, progress):
             return measure(loading, progress=progress, stop=stop, on_cell=so_far.append), None
     except Interrupted as fault:
         message = fault.message.partition(";")[0]
@@ -203,7 +203,9 @@ def _measured(output: Output, measure: Measure, *, enabled: bool) -> tuple[Bench
 
 
 @contextmanager
-def _phases(output: Output, enabled: bool) -> Iterator[tuple[Callable[[int, int], None], ProgressCallback]]:
+def _phases(
+    output: Output, enabled: bool, stop: Callable[[], None]
+) -> Iterator[tuple[Callable[[int, int], None], ProgressCallback]]:
     """Two shows, one after the other: loading, then measuring, each with an ETA of its own."""
     with ExitStack() as stack:
         listeners: dict[str, ProgressCallback] = {}
@@ -216,6 +218,7 @@ def _phases(output: Output, enabled: bool) -> Iterator[tuple[Callable[[int, int]
             listeners[phase](snapshot)
 
         def loading(done: int, total: int) -> None:
+            stop()
             if time.monotonic() - begun > QUIET_S:
                 tell(
                     "loading", Progress(stage="loading", fraction=done / total, layer=done, num_layers=total)
