@@ -197,7 +197,7 @@ def test_errors_of_verify_refuse_it(
     ids=str,
 )
 def test_what_cannot_be(options: dict[str, Any], said: str, made: Made, tmp_path: Path) -> None:
-    chosen = {k: str(made.ranges) if v == "RANGES" else v for k, v in options.items()}
+    chosen: dict[str, Any] = {k: str(made.ranges) if v == "RANGES" else v for k, v in options.items()}
     with pytest.raises(UsageError) as caught:
         quantize_checkpoint(str(made.model), tmp_path / "out", **chosen)
     assert said in caught.value.message
