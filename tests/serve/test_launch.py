@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from m27quant.checkpoint.config import parse_config
 from m27quant.errors import CheckpointError, FindingsError, M27Error, UsageError
 from m27quant.serve import detect
+from m27quant.serve.compose import compose_file
 from m27quant.serve.launch import LaunchOptions, plan_launch
 from m27quant.serve.memory_fit import ROUND, DrafterSize, fit
 from m27quant.serve.speculation import Wish
@@ -212,6 +214,28 @@ def test_plain_data(models: Path) -> None:
     assert document["command"] == planned.argv()
     assert all(flag["why"] for flag in document["flags"])
     assert shlex.split(document["shell"].replace("\\\n", "")) == document["command"]
+
+
+def test_a_hub_id_is_pinned_to_its_commit(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from m27quant.checkpoint.hub import Location
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    found = {
+        "org/name": Location(models / "m27", "org/name", commit),
+        "org/draft": Location(models / "dflash", "org/draft", commit[::-1]),
+    }
+    monkeypatch.setattr("m27quant.serve.launch.find_checkpoint", lambda name, **_: found[name])
+    planned = plan_launch(
+        "org/name", LaunchOptions(engine="vllm", gpu="b200", level="quick", drafter="org/draft")
+    )
+    assert planned.argv()[:3] == ["vllm", "serve", "org/name"]
+    assert flags(planned)["--revision"] == commit
+    config = json.loads(flags(planned)["--speculative-config"] or "")
+    assert (config["model"], config["revision"]) == ("org/draft", commit[::-1])
+    service = yaml.safe_load(compose_file(planned))["services"]["m27"]
+    assert service["command"][0] == "org/name"
+    assert [v["type"] for v in service["volumes"]] == ["volume"]
+    assert "HF_HUB_OFFLINE" not in service["environment"]
 
 
 # -- GPUs ------------------------------------------------------------------------------------------

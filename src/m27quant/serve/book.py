@@ -11,6 +11,7 @@ from m27quant.serve.engines_data import (
     V2_RUNNER,
     VERSIONS,
     EngineVersion,
+    share_of,
 )
 from m27quant.serve.memory_fit import GIB, GRAPHS, LARGE_STEP, LEAST_CONTEXT, SMALL_STEP, STEP
 from m27quant.verify.engines_data import GPUS
@@ -68,9 +69,11 @@ CAN = (
 """What a drafter is to vLLM, SGLang and the builtin server."""
 
 DRAFTERS = """\
-An EAGLE3 drafter whose taps are nested alone, and are V2's defaults, gets `{name}={value}` in front of vLLM's
-command. Where they are others, a warning says so, and what to add to its config.json; a wrong tap costs acceptance,
-never correctness. In vLLM DFlash runs with FLASH_ATTN, and beside a target with an FP8 cache with {cache}.
+An EAGLE3 drafter whose taps are nested alone, and are V2's defaults, gets `{name}={value}` in front
+of vLLM's command. Where they are others, a warning says so, and what to add to its config.json; a wrong tap costs
+acceptance, never correctness.
+
+In vLLM DFlash runs with FLASH_ATTN, and beside a target with an FP8 cache with {cache}.
 A drafter that `verify --drafter` finds errors in is refused.
 
 """
@@ -139,7 +142,7 @@ def _gpus() -> Iterator[str]:
     yield "".join(f" {engine.shown}'s share |" for engine in VERSIONS.values()) + "\n|---|---|---|"
     yield "---|" * len(VERSIONS) + "\n"
     for gpu in GPUS.values():
-        shares = "".join(f" {e.memory_share * gpu.memory_bytes / GIB:.1f} GiB |" for e in VERSIONS.values())
+        shares = "".join(f" {share_of(e, gpu) * gpu.memory_bytes / GIB:.1f} GiB |" for e in VERSIONS.values())
         yield (
             f"| `{gpu.name}` | {gpu.memory_bytes / GIB:.1f} GiB | {GPUS_PER_NODE.get(gpu.name, 8)} |{shares}\n"
         )

@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m27quant.verify.engines import Engine
+from m27quant.verify.engines_data import Gpu
 
 HOPPER, BLACKWELL, CONSUMER = (90,), (100, 103), (120, 121)
 """Compute capabilities."""
 GPUS_PER_NODE = {"gb10": 1, "gb200": 4}
 """Where it is not eight: a DGX Spark has one, a GB200 compute tray four."""
+UNIFIED_SHARE = {"gb10": 0.85}
+"""Where the CPU and all that runs there lives in the same memory: at most this share of it."""
 DEFAULT_STEPS = 3
 """Drafts of an EAGLE3 chain where nothing is said."""
 DEFAULT_TREE_ROWS = 8
@@ -317,3 +320,8 @@ NEVER = {
     "set_dflash_layers_to_capture for it",
 }
 """Flags that are left out on purpose."""
+
+
+def share_of(engine: EngineVersion, gpu: Gpu) -> float:
+    """The share of a GPU's memory that the engine is given where nothing else is asked for."""
+    return min(engine.memory_share, UNIFIED_SHARE.get(gpu.name, 1.0))

@@ -14,7 +14,7 @@ from m27quant.checkpoint.hub import Location
 from m27quant.checkpoint.strict_json import read_object
 from m27quant.errors import CheckpointError, FindingsError, UsageError, escape
 from m27quant.serve.detect import detect_gpus
-from m27quant.serve.engines_data import GPUS_PER_NODE, HOPPER, VERSIONS, EngineVersion
+from m27quant.serve.engines_data import GPUS_PER_NODE, HOPPER, VERSIONS, EngineVersion, share_of
 from m27quant.serve.flags import MASTER, Choice, Setup, choose
 from m27quant.serve.memory_fit import Fit, fit
 from m27quant.serve.speculation import Speculation, Wish, drafter_size, plan_drafts
@@ -314,7 +314,7 @@ def _with_tp(
         size = drafter_size(drafter.config, drafter.weight_bytes, tp, fp8_cache=draft_fp8)
     needed = memory(c, tp, slices, ep or 1, fp8_cache=fp8_cache, pads_to=backend.pads_to)
     found: Fit = fit(
-        needed, c, gpu, tp=tp, slices=slices, share=options.memory_share or engine.memory_share,
+        needed, c, gpu, tp=tp, slices=slices, share=options.memory_share or share_of(engine, gpu),
         steps_inside=engine.steps_inside, drafter=size, wanted=options.max_model_len,
     )  # fmt: skip
     attention = ATTENTION[engine.name][gpu.sm]
@@ -334,9 +334,9 @@ def _spread(
 ) -> tuple[int | None, Backend, set[str]]:
     """Whole experts to a GPU, or a kernel that pads, where slices would be too narrow for the picked one."""
     backend = pick(engine, gpu, all_to_all=engine == "vllm" and (ep or 1) > tp)
-    if ep is not None or c.intermediate_size % (tp * backend.needs) == 0:
-        return ep, backend, set()
-    if tp > 1 and c.num_local_experts % tp == 0 and c.intermediate_size % backend.needs == 0:
+    if (ep or 1) > 1 or c.intermediate_size % (tp * backend.needs) == 0:
+        return (ep if ep != 1 else None), backend, set()
+    if ep is None and tp > 1 and c.num_local_experts % tp == 0 and c.intermediate_size % backend.needs == 0:
         return tp, pick(engine, gpu), set()
     padding = next((b for b in BACKENDS[engine] if b.name == PADDING_BACKEND and gpu.sm in b.sm), None)
     return (None, backend, set()) if padding is None else (None, padding, {"M27-V002"})
