@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -171,6 +172,10 @@ def test_a_body_has_to_come_in_time(tiny: LLM) -> None:
         late = http.post(COMPLETIONS, content=slowly(), headers={"content-type": "application/json"})
         assert late.status_code == 408
         error_of(late)
+        with socket.create_connection(
+            ("127.0.0.1", int(server.address.rpartition(":")[2])), timeout=10
+        ) as silent:
+            assert silent.recv(1) == b"", "who says nothing is hung up on"
 
 
 def test_a_fault_of_the_engine_is_told_and_survived(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

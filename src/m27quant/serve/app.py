@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import time
@@ -41,7 +42,7 @@ from m27quant.serve.worker import Mailbox, Ticket, Worker
 log = logging.getLogger("m27quant.serve")
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 LARGE_BODY = 2**16
-"""Bytes of a request above which its prompt is made beside the event loop."""
+"""Bytes of a request above which it is worked on beside the event loop."""
 
 
 class Service:
@@ -56,7 +57,7 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         body = await self._body(request)
-        asked, raw = parse(ChatRequest, body)
+        asked, raw = await _beside(len(body), parse, ChatRequest, body)
         self._check(asked)
         prompt = await _beside(len(body), prompt_of, self.llm, asked, raw)
         form = ChatForm(self.llm, asked, raw, prompt, self.model)
@@ -66,7 +67,7 @@ class Service:
 
     async def completion(self, request: Request) -> Response:
         body = await self._body(request)
-        asked, _ = parse(CompletionRequest, body)
+        asked, _ = await _beside(len(body), parse, CompletionRequest, body)
         self._check(asked)
         prompts = await _beside(len(body), prompts_of, self.llm, asked)
         form = CompletionForm(self.llm, asked, prompts, self.model)
@@ -142,11 +143,9 @@ class Service:
 
 
 async def _beside(size: int, function: Any, *arguments: Any) -> Any:
-    """Long texts are made tokens of in a thread: the streams of others go on."""
+    """What is long is read, and made tokens of, in a thread: the streams of others go on."""
     if size < LARGE_BODY:
         return function(*arguments)
-    import asyncio
-
     return await asyncio.to_thread(function, *arguments)
 
 

@@ -60,6 +60,10 @@ class Histogram:
         yield f"{name}_count {below}"
 
 
+Metric = tuple[str, str, str, float | Mapping[str, float] | Histogram]
+"""Name, kind, meaning, and a value: alone, by labels, or a histogram."""
+
+
 class Metrics:
     """All that is counted."""
 
@@ -107,91 +111,56 @@ class Metrics:
 
     def text(self, llm: LLM, model: str) -> str:
         """Prometheus' text format, version 0.0.4."""
-        return "\n".join([*self._lines(llm, model), ""])
+        lines: list[str] = []
+        for name, kind, meaning, values in (*self._engine(llm, model), *self._counts()):
+            lines += [f"# HELP {PREFIX}{name} {meaning}", f"# TYPE {PREFIX}{name} {kind}"]
+            if isinstance(values, Histogram):
+                lines += values.lines(PREFIX + name)
+            elif isinstance(values, Mapping):
+                lines += [f"{PREFIX}{name}{{{labels}}} {value}" for labels, value in sorted(values.items())]
+            else:
+                lines.append(f"{PREFIX}{name} {values}")
+        return "\n".join([*lines, ""])
 
-    def _lines(self, llm: LLM, model: str) -> Iterator[str]:
+    def _engine(self, llm: LLM, model: str) -> Iterable[Metric]:
+        """What is now."""
         scheduler = llm.engine.scheduler
-        blocks = scheduler.blocks
-        yield from _one(
-            "model_info", "gauge", "The model that is served.", {f'{{model_name="{_label(model)}"}}': 1}
+        used = 1 - scheduler.blocks.num_free / scheduler.blocks.num_blocks
+        return (
+            ("model_info", "gauge", "The model that is served.", {f'model_name="{_label(model)}"': 1}),
+            ("num_requests_running", "gauge", "Answers in the engine.", len(scheduler.running)),
+            ("num_requests_waiting", "gauge", "Answers that wait.", len(scheduler.waiting)),
+            ("kv_cache_usage_perc", "gauge", "Blocks of the KV cache in use, 1 is all.", used),
         )
-        yield from _one(
-            "num_requests_running", "gauge", "Answers in the engine.", {"": len(scheduler.running)}
+
+    def _counts(self) -> Iterable[Metric]:
+        """What was, since the start."""
+        # copies: the engine's thread may add a key meanwhile
+        reasons, responses, accepted = (
+            dict(self.finished_requests),
+            dict(self.responses),
+            [*self.accepted_per_position],
         )
-        yield from _one("num_requests_waiting", "gauge", "Answers that wait.", {"": len(scheduler.waiting)})
-        used = 1 - blocks.num_free / blocks.num_blocks
-        yield from _one(
-            "kv_cache_usage_perc", "gauge", "Blocks of the KV cache in use, 1 is all.", {"": used}
-        )
-        yield from _one(
-            "num_preemptions_total", "counter", "Answers put back for want of blocks.", {"": self.preemptions}
-        )
-        yield from _one("prompt_tokens_total", "counter", "Tokens of prompts.", {"": self.prompt_tokens})
-        yield from _one(
-            "prefix_cache_queries_total",
-            "counter",
-            "Tokens of prompts looked up in the cache.",
-            {"": self.prompt_tokens},
-        )
-        yield from _one(
-            "prefix_cache_hits_total",
-            "counter",
-            "Of these the ones that were there.",
-            {"": self.cached_tokens},
-        )
-        yield from _one("generation_tokens_total", "counter", "Tokens of answers.", {"": self.output_tokens})
-        yield from _one(
-            "request_success_total", "counter", "Answers by how they ended.",
-            {f'{{finished_reason="{reason}"}}': n for reason, n in sorted(self.finished_requests.items())},
+        return (
+            ("num_preemptions_total", "counter", "Answers put back for want of blocks.", self.preemptions),
+            ("prompt_tokens_total", "counter", "Tokens of prompts.", self.prompt_tokens),
+            ("prefix_cache_queries_total", "counter", "Tokens of prompts looked up in the cache.", self.prompt_tokens),
+            ("prefix_cache_hits_total", "counter", "Of these the ones that were there.", self.cached_tokens),
+            ("generation_tokens_total", "counter", "Tokens of answers.", self.output_tokens),
+            ("request_success_total", "counter", "Answers by how they ended.",
+             {f'finished_reason="{reason}"': n for reason, n in reasons.items()}),
+            ("http_requests_total", "counter", "Responses by path and status.",
+             {f'path="{path}",status="{status}"': n for (path, status), n in responses.items()}),
+            ("spec_decode_num_drafts_total", "counter", "Steps of an answer that verified drafts.", self.num_drafts),
+            ("spec_decode_num_draft_tokens_total", "counter", "Tokens drafted.", self.draft_tokens),
+            ("spec_decode_num_accepted_tokens_total", "counter", "Of these accepted.", sum(accepted)),
+            ("spec_decode_num_accepted_tokens_per_pos_total", "counter", "Accepted, by place in the draft.",
+             {f'position="{position}"': n for position, n in enumerate(accepted)}),
+            ("time_to_first_token_seconds", "histogram", "From arrival to the first token.", self.time_to_first_token),
+            ("inter_token_latency_seconds", "histogram", "Between tokens, which share the time of their step.",
+             self.inter_token_latency),
+            ("e2e_request_latency_seconds", "histogram", "From arrival to the last token.", self.request_latency),
         )  # fmt: skip
-        yield from _one(
-            "http_requests_total", "counter", "Responses by path and status.",
-            {f'{{path="{p}",status="{s}"}}': n for (p, s), n in sorted(self.responses.items())},
-        )  # fmt: skip
-        yield from self._drafts()
-        yield from _histogram(
-            "time_to_first_token_seconds", "From arrival to the first token.", self.time_to_first_token
-        )
-        yield from _histogram(
-            "inter_token_latency_seconds",
-            "Between tokens; a step's time is shared among its tokens.",
-            self.inter_token_latency,
-        )
-        yield from _histogram(
-            "e2e_request_latency_seconds", "From arrival to the last token.", self.request_latency
-        )
-
-    def _drafts(self) -> Iterator[str]:
-        per_position = self.accepted_per_position
-        yield from _one(
-            "spec_decode_num_drafts_total",
-            "counter",
-            "Steps of an answer that verified drafts.",
-            {"": self.num_drafts},
-        )
-        yield from _one(
-            "spec_decode_num_draft_tokens_total", "counter", "Tokens drafted.", {"": self.draft_tokens}
-        )
-        yield from _one(
-            "spec_decode_num_accepted_tokens_total", "counter", "Of these accepted.", {"": sum(per_position)}
-        )
-        yield from _one(
-            "spec_decode_num_accepted_tokens_per_pos_total", "counter", "Accepted, by place in the draft.",
-            {f'{{position="{k}"}}': n for k, n in enumerate(per_position)},
-        )  # fmt: skip
-
-
-def _one(name: str, kind: str, meaning: str, values: Mapping[str, float]) -> Iterable[str]:
-    yield f"# HELP {PREFIX}{name} {meaning}"
-    yield f"# TYPE {PREFIX}{name} {kind}"
-    for labels, value in values.items():
-        yield f"{PREFIX}{name}{labels} {value}"
-
-
-def _histogram(name: str, meaning: str, histogram: Histogram) -> Iterable[str]:
-    yield f"# HELP {PREFIX}{name} {meaning}"
-    yield f"# TYPE {PREFIX}{name} histogram"
-    yield from histogram.lines(PREFIX + name)
 
 
 def _label(text: str) -> str:

@@ -18,6 +18,7 @@ from m27quant.serve.errors import invalid
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[Count], Field(fail_fast=True)]
 
@@ -52,11 +53,7 @@ class Settings(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
-    stop: (
-        Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
-        | None
-    ) = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=256)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     min_tokens: Count | None = None

@@ -152,7 +152,7 @@ class Server:
 
         self.service = Service(llm, Worker(llm, Metrics()), options, model)
         self._listener, self._say = listener or _bind(options), say
-        self._uvicorn = _uvicorn(make_app(self.service))
+        self._uvicorn = _uvicorn(make_app(self.service), options.body_timeout_s)
         self._num_signals = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
@@ -220,7 +220,7 @@ class Server:
         self._uvicorn.should_exit = True
 
 
-def _uvicorn(app: Any) -> uvicorn.Server:
+def _uvicorn(app: Any, silence_s: float) -> uvicorn.Server:
     import uvicorn
 
     config = uvicorn.Config(
@@ -228,15 +228,27 @@ def _uvicorn(app: Any) -> uvicorn.Server:
         backlog=1024, timeout_keep_alive=30, timeout_graceful_shutdown=1, h11_max_incomplete_event_size=2**16,
     )  # fmt: skip
     config.load()
-    config.http_protocol_class = _with_error_objects(config.http_protocol_class)
+    config.http_protocol_class = _guarded(config.http_protocol_class, silence_s)
     return uvicorn.Server(config)
 
 
-def _with_error_objects(protocol: Any) -> Any:
-    """What cannot even be read as HTTP gets an error object, too."""
+def _guarded(protocol: Any, silence_s: float) -> Any:
+    """uvicorn's protocol, but what is no HTTP gets an error object, and who says nothing is hung up on."""
     from m27quant.serve.errors import invalid
 
     class Protocol(protocol):  # type: ignore[misc]
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.silence = self.loop.call_later(silence_s, self.hang_up)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.silence.cancel()
+            super().connection_lost(exc)
+
+        def hang_up(self) -> None:
+            if self.cycle is None:
+                self.transport.close()
+
         def send_400_response(self, msg: str) -> None:
             body = invalid("not a valid HTTP request", code="invalid_http").body()
             head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
