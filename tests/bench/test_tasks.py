@@ -78,8 +78,10 @@ def test_parquet_has_the_same_rows(tmp_path: Path) -> None:
 
 def test_plain_prompts_and_messages_stay_as_they_are(tmp_path: Path) -> None:
     turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
-    path = written(tmp_path / "own.jsonl", {"prompt": "Hello {}"}, {"messages": turns})
-    assert load_task(str(path)).conversations == [[{"role": "user", "content": "Hello {}"}], turns]
+    rows = {"prompt": "Hello {}"}, {"messages": turns}, {"turns": ["First", "Second"], "question_id": 81}
+    assert load_task(str(written(tmp_path / "own.jsonl", *rows))).conversations == [
+        [{"role": "user", "content": "Hello {}"}], turns, [{"role": "user", "content": "First"}],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -24,16 +24,22 @@ def draw(result: BenchResult) -> str:
     """
     settings = list(dict.fromkeys(c.setting for c in result.cells))
     panels = [_speeds(result, settings), *_positions(result, settings)]
-    height = PANEL * len(panels) + 24
+    legend, rows = _legend(settings, PANEL * len(panels) + 12)
+    height = PANEL * len(panels) + 8 + 18 * rows
     parts = [tag("style", Markup(_style())), tag("rect", class_="page", width=WIDTH, height=height)]
     parts += [tag("g", panel, transform=f"translate(0 {PANEL * n})") for n, panel in enumerate(panels)]
-    parts.append(_legend(settings, height - 12))
-    return str(
-        tag(
-            "svg", Markup("").join(parts), xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {WIDTH} {height}",
-            role="img", aria_label="tokens/s by setting, and drafts accepted by position",
-        )
-    ) + "\n"  # fmt: skip
+    parts.append(legend)
+    drawing = tag(
+        "svg",
+        Markup("").join(parts),
+        xmlns="http://www.w3.org/2000/svg",
+        width=WIDTH,
+        height=height,
+        viewBox=f"0 0 {WIDTH} {height}",
+        role="img",
+        aria_label="tokens/s by setting, and drafts accepted by position",
+    )
+    return f"{drawing}\n"
 
 
 def _speeds(result: BenchResult, settings: Sequence[str | None]) -> Markup:
@@ -126,14 +132,17 @@ def _text(kind: str, text: str, x: float, y: float, anchor: str) -> Markup:
     return tag("text", text, class_=kind, x=x, y=y, text_anchor=anchor)
 
 
-def _legend(settings: Sequence[str | None], y: float) -> Markup:
-    parts, x = [], float(LEFT)
+def _legend(settings: Sequence[str | None], y: float) -> tuple[Markup, int]:
+    """Names and colours from `y` on, and the number of lines that they take."""
+    parts, x, rows = [], float(LEFT), 1
     for place, setting in enumerate(settings):
         name = setting or PLAIN
+        if x > LEFT and x + 15 + 7 * len(name) > WIDTH - RIGHT:
+            x, y, rows = float(LEFT), y + 18, rows + 1
         parts.append(tag("rect", class_=f"bar c{place % 8}", x=x, y=y - 9, width=10, height=10))
         parts.append(_text("tick", name, x + 15, y, "start"))
         x += 32 + 7 * len(name)
-    return Markup("").join(parts)
+    return Markup("").join(parts), rows
 
 
 def _style() -> str:

@@ -86,8 +86,8 @@ def load_task(argument: str, *, offline: bool = False, token: str | None = None)
     """Read what `--task` names: a task of `TASKS` from the Hub, NAME=FILE, or a JSONL or Parquet file.
 
     A file's rows are taken as the task whose columns they have: `problem` (math500), `question` (gsm8k), `prompt` with
-    `entry_point` (humaneval), `prompt` as a list (mt-bench).  A plain `prompt` is a user's message as it is, and
-    `messages` are a conversation.
+    `entry_point` (humaneval), `prompt` as a list or `turns` (mt-bench).  A plain `prompt` is a user's message as it is,
+    and `messages` are a conversation.
 
     Raises:
         UsageError: neither a task nor a file; a file without rows.
@@ -127,6 +127,8 @@ def conversation_of(row: Mapping[str, Any], where: str) -> Conversation:
         return TASKS["humaneval"].conversation(row, where)
     if isinstance(prompt, list):
         return TASKS["mt-bench"].conversation(row, where)
+    if isinstance(turns := row.get("turns"), list):  # FastChat's own file of MT-Bench
+        return TASKS["mt-bench"].conversation({"prompt": turns}, where)
     if isinstance(prompt, str) and prompt.strip():
         return _user(prompt)
     raise CheckpointError(
