@@ -1,9 +1,8 @@
-"""The application: paths, and the gate before them that knows keys, hosts and whether the server is ending."""
+"""The application: what each path does with a request."""
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import time
 from dataclasses import replace
@@ -14,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 import m27quant
 from m27quant.errors import UsageError, escape
@@ -31,10 +30,10 @@ from m27quant.serve.errors import (
     invalid,
     not_found,
     server_fault,
-    unauthorized,
 )
 from m27quant.serve.forms import Form
-from m27quant.serve.limits import LOOPBACK_NAMES, ServerOptions, read_body
+from m27quant.serve.gate import Gate, error_response
+from m27quant.serve.limits import ServerOptions, read_body
 from m27quant.serve.protocol import ChatRequest, CompletionRequest, Settings, parse
 from m27quant.serve.tools import prescription
 from m27quant.serve.worker import Mailbox, Ticket, Worker
@@ -149,71 +148,6 @@ async def _beside(size: int, function: Any, *arguments: Any) -> Any:
     return await asyncio.to_thread(function, *arguments)
 
 
-class Gate:
-    """Before every path: the host, the key, and no more work once the server is ending."""
-
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self._app, self._service = app, service
-        options = service.options
-        self._key = None if options.api_key is None else options.api_key.encode()
-        # a page that makes its name point here must not reach a server that needs no key
-        self._hosts = {*LOOPBACK_NAMES, options.host} if options.is_loopback else None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        service = self._service
-        service.num_requests += 1
-        status = 499  # the client went away before there was one
-
-        async def note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            fault = self._refusal(scope)
-            if fault is not None:
-                await _error(fault)(scope, receive, note)
-            else:
-                await self._app(scope, receive, note)
-        finally:
-            service.num_requests -= 1
-            path = scope["path"] if scope["path"] in openapi.PATHS else "other"
-            service.worker.metrics.responses[(path, status)] += 1
-
-    def _refusal(self, scope: Scope) -> ApiError | None:
-        headers = dict(scope["headers"])
-        if self._hosts is not None and _host(headers.get(b"host", b"")) not in self._hosts:
-            return ApiError(403, "the Host header names another machine", code="wrong_host")
-        if scope["path"].startswith("/v1/"):
-            if scope["method"] != "OPTIONS" and not self._knows(headers.get(b"authorization", b"")):
-                return unauthorized()
-            if self._service.is_draining:
-                return draining()
-        return None
-
-    def _knows(self, sent: bytes) -> bool:
-        if self._key is None:
-            return True
-        scheme, _, key = sent.partition(b" ")
-        return hmac.compare_digest(key.strip(), self._key) and scheme.lower() == b"bearer"
-
-
-def _host(header: bytes) -> str:
-    """Without the port."""
-    text = header.decode("latin-1").strip().lower()
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    return text.partition(":")[0]
-
-
-def _error(fault: ApiError) -> Response:
-    return Response(fault.body(), fault.status, fault.headers, media_type="application/json")
-
-
 def make_app(service: Service) -> ASGIApp:
     """The application, gate and all."""
     app = FastAPI(
@@ -242,9 +176,9 @@ def _add_paths(app: FastAPI, service: Service) -> None:
     @app.get("/health", **openapi.HEALTH)
     async def health() -> Response:
         if service.is_draining:
-            return _error(draining())
+            return error_response(draining())
         if not service.worker.is_healthy:
-            return _error(server_fault("the engine's last step failed"))
+            return error_response(server_fault("the engine's last step failed"))
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics", **openapi.METRICS)
@@ -274,22 +208,22 @@ def _add_faults(app: FastAPI) -> None:
     """Whatever goes wrong is an error object."""
 
     @app.exception_handler(ApiError)
-    async def api_error(request: Request, fault: Exception) -> Response:
+    async def apierror_response(request: Request, fault: Exception) -> Response:
         assert isinstance(fault, ApiError)
-        return _error(fault)
+        return error_response(fault)
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, fault: Exception) -> Response:
+    async def httperror_response(request: Request, fault: Exception) -> Response:
         assert isinstance(fault, HTTPException)
         where = f"{request.method} {escape(request.url.path)}"
         code = {404: "unknown_path", 405: "method_not_allowed"}.get(fault.status_code)
         message = f"there is no {where}" if code else str(fault.detail)
-        return _error(ApiError(fault.status_code, message, code=code, headers=fault.headers or {}))
+        return error_response(ApiError(fault.status_code, message, code=code, headers=fault.headers or {}))
 
     @app.exception_handler(RequestValidationError)
     async def bad_request(request: Request, fault: Exception) -> Response:
-        return _error(invalid("the request's path or query cannot be"))
+        return error_response(invalid("the request's path or query cannot be"))
 
     @app.exception_handler(Exception)
     async def bug(request: Request, fault: Exception) -> Response:
-        return _error(server_fault())
+        return error_response(server_fault())
