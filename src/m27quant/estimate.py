@@ -15,12 +15,14 @@ from m27quant.calib.layerwise import amax_tensor
 from m27quant.checkpoint import names
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.writer import open_shards, plan_shard
+from m27quant.distributed.ranks import Ranks
 from m27quant.kernels import fp8_dequant
 from m27quant.pack import PackStats, Stored, bf16_buffers, pack_expert, read_expert, write_expert
 from m27quant.plan import disk_needed
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.quantize import log
 from m27quant.runtime.layer import gated_activation
+from m27quant.shares import share_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,11 @@ class DryRun:
     num_samples: int
     num_tokens: int
     device: str
+    ranks: int
+    """Processes that share the work; memory is that of the one with most to do."""
+    tokens_per_rank: list[int]
+    experts_per_rank: list[int]
+    """Of each layer; a rank packs and writes these."""
     estimated_seconds: float
     notices: list[str]
 
@@ -60,10 +67,11 @@ def dry_run(
     out: str | Path,
     options: Options | None = None,
     *,
+    ranks: int = 1,
     say: Callable[[str], None] = log.info,
     **changes: Any,
 ) -> DryRun:
-    """Check everything that `quantize_checkpoint` would check and say what it would do.
+    """Check everything that `quantize_checkpoint` would check and say what it would do on `ranks` processes.
 
     Raises:
         M27Error: as `quantize_checkpoint` would before its work begins.
@@ -72,6 +80,11 @@ def dry_run(
     prepared = prepare(model, Path(out), options, say, fetch=False)
     with prepared.source as source:
         plan = prepared.plan
+        each = [Ranks(rank, ranks, local_size=ranks) for rank in range(ranks)]
+        shares = [share_of(prepared, options, r, prepared.memory.chunk_tokens) for r in each]
+        tokens = [sum(map(len, chunks)) for chunks, _ in shares]
+        memory = max((memory for _, memory in shares), key=lambda m: (m.peak_bytes, m.device_peak_bytes))
+        experts = range(source.config.num_local_experts)
         return DryRun(
             source=source.location.describe(),
             recipe=prepared.recipe.name,
@@ -84,16 +97,17 @@ def dry_run(
             output_tensor_bytes=plan.tensor_bytes,
             output_shard_bytes=plan.shard_bytes,
             num_shards=len(plan.shard_names()),
-            peak_memory_bytes=prepared.memory.peak_bytes,
-            peak_device_bytes=prepared.memory.device_peak_bytes,
-            rows_in_memory=prepared.memory.rows_in_memory,
-            peak_disk_bytes=disk_needed(
-                plan, prepared.hidden_bytes, rows_in_memory=prepared.memory.rows_in_memory
-            ),
+            peak_memory_bytes=memory.peak_bytes,
+            peak_device_bytes=memory.device_peak_bytes,
+            rows_in_memory=memory.rows_in_memory,
+            peak_disk_bytes=disk_needed(plan, prepared.hidden_bytes, rows_in_memory=memory.rows_in_memory),
             num_samples=len(prepared.sequences.lengths),
             num_tokens=prepared.sequences.num_tokens,
             device=str(prepared.device),
-            estimated_seconds=round(estimate_seconds(prepared), 1),
+            ranks=ranks,
+            tokens_per_rank=tokens,
+            experts_per_rank=[sum(map(r.owns, experts)) for r in each],
+            estimated_seconds=round(estimate_seconds(prepared, max(tokens)), 1),
             notices=prepared.notices,
         )
 
@@ -107,8 +121,11 @@ def _kinds(modules: tuple[str, ...]) -> dict[str, int]:
     return dict(sorted(kinds.items()))
 
 
-def estimate_seconds(prepared: Prepared) -> float:
-    """Time of the whole run: one real expert is read, packed and run on one chunk, and scaled up."""
+def estimate_seconds(prepared: Prepared, num_tokens: int) -> float:
+    """Time of the whole run: one real expert is read, packed and run on one chunk, and scaled up.
+
+    Several ranks are as slow as the one with most tokens, `num_tokens`; each reads all experts.
+    """
     source, device = prepared.source, prepared.device
     c = source.config
     with torch.inference_mode():
@@ -121,8 +138,8 @@ def estimate_seconds(prepared: Prepared) -> float:
         2 * c.hidden_size * (2 * c.q_size + 2 * c.kv_size)
         + 6 * c.hidden_size * c.intermediate_size * c.num_experts_per_tok
     )
-    per_layer = c.num_local_experts * (expert_s + act_s * prepared.sequences.num_tokens / tokens)
-    per_layer += dense * prepared.sequences.num_tokens / rate
+    per_layer = c.num_local_experts * (expert_s + act_s * num_tokens / tokens)
+    per_layer += dense * num_tokens / rate
     return per_layer * c.num_hidden_layers
 
 

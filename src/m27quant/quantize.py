@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from m27quant.calib.activations import plan_chunks
 from m27quant.calib.layerwise import Dropped
-from m27quant.calib.memory import limit_caches, plan_memory
+from m27quant.calib.memory import limit_caches
 from m27quant.calib.ranges_file import Calibrated
 from m27quant.checkpoint.journal import Journal
 from m27quant.checkpoint.paths import existing
@@ -35,6 +34,7 @@ from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.runlog import RunLog
 from m27quant.runtime.device import device_fault
 from m27quant.runtime.host_memory import peak_rss_bytes, rss_bytes
+from m27quant.shares import share_of
 from m27quant.standing import check_done_units, state, units_to_do
 
 log = logging.getLogger(__name__)
@@ -248,18 +248,7 @@ def _job(
     if prepared.device.type == "cuda":
         torch.cuda.set_device(prepared.device)
     lengths, calibrated = prepared.sequences.lengths, prepared.calibrated
-    chunks = plan_chunks(lengths, begun["chunk_tokens"])
-    mine = [chunks[i] for i in ranks.part(len(chunks))]
-    memory = prepared.memory
-    if ranks.size > 1 or begun["chunk_tokens"] != memory.chunk_tokens:
-        memory = plan_memory(
-            prepared.source.config,
-            num_tokens=sum(map(len, mine)),
-            longest=max(lengths),
-            device=prepared.device,
-            budget=prepared.budget if options.max_memory else prepared.budget // ranks.local_size,
-            chunk_tokens=begun["chunk_tokens"],
-        )
+    mine, memory = share_of(prepared, options, ranks, begun["chunk_tokens"])
     return Job(
         source=prepared.source,
         plan=prepared.plan,

@@ -54,7 +54,7 @@ def working_together(
         ranks = join(stop)
         options = replace(options, device=device_of(options.device, int(os.environ.get("LOCAL_RANK", "0"))))
     else:
-        count = num_processes or _visible_gpus(options.device)
+        count = count_of_ranks(options, num_processes)
         ranks, workers = _spawned(count, model, out, options, stop) if count > 1 else (ALONE, workers)
         if workers:
             options = replace(options, device=device_of(options.device, 0))
@@ -66,6 +66,13 @@ def working_together(
     finally:
         ranks.close()
         _end(workers)
+
+
+def count_of_ranks(options: Options, num_processes: int | None) -> int:
+    """How many processes `working_together` would have."""
+    if is_launched():
+        return int(os.environ["WORLD_SIZE"])
+    return num_processes or _visible_gpus(options.device)
 
 
 def device_of(name: str, local_rank: int) -> str:

@@ -121,12 +121,12 @@ def quantize(
     """
     if moe_calib not in (None, "full", "natural"):
         raise typer.BadParameter(f"{moe_calib!r} is neither full nor natural", param_hint="--moe-calib")
-    output = Output.open(json=json, quiet=quiet, verbose=verbose)
+    output = Output.open(json=json, quiet=quiet or not scale_out.is_first(), verbose=verbose)
     # Read when torch's thread pool is loaded: threads that spin at barriers make a shared machine crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from m27quant.prepare import DEFAULT_SHARD_BYTES, Options
     from m27quant.quantize import quantize_checkpoint
-    from m27quant.workers import working_together
+    from m27quant.workers import count_of_ranks, working_together
 
     chosen = Options(
         recipe=recipe,
@@ -156,7 +156,9 @@ def quantize(
     if dry_run:
         from m27quant.estimate import dry_run as plan_only
 
-        plan = plan_only(model, out, chosen, say=say)
+        plan = plan_only(model, out, chosen, ranks=count_of_ranks(chosen, num_processes), say=say)
+        if not scale_out.is_first():
+            return
         output.result({"dry_run": plan.to_json()}, human=_planned(plan), quiet=plan.output_shard_bytes)
         return
     with (
@@ -244,6 +246,21 @@ def _span(by_projection: dict[str, dict[str, float]]) -> str:
     return f"{low:.3g} to {high:.3g}"
 
 
+def _shared(plan: DryRun) -> dict[str, str]:
+    """How several ranks divide the work."""
+    if plan.ranks == 1:
+        return {}
+
+    def span(counts: list[int]) -> str:
+        low, high = min(counts), max(counts)
+        return f"{high:,}" if low == high else f"{low:,} to {high:,}"
+
+    return {
+        "processes": f"{plan.ranks}; each takes {span(plan.tokens_per_rank)} tokens through all experts and packs "
+        f"{span(plan.experts_per_rank)} experts a layer; memory is one process's"
+    }
+
+
 def _planned(plan: DryRun) -> RenderableType:
     kinds = {"w1": "gate", "w2": "down", "w3": "up"}
     to_nvfp4 = ", ".join(f"{n:,} {k} ({kinds.get(k, k)})" for k, n in plan.quantized.items())
@@ -259,6 +276,7 @@ def _planned(plan: DryRun) -> RenderableType:
         "source size": f"{plan.source_bytes:,} bytes",
         "output": f"{plan.output_shard_bytes:,} bytes in {plan.num_shards} shards, {plan.num_tensors:,} tensors",
         "calibration": f"{plan.num_samples:,} rows, {plan.num_tokens:,} tokens, on {plan.device}",
+        **_shared(plan),
         "peak memory": format_size(plan.peak_memory_bytes)
         + ("" if plan.rows_in_memory else ", hidden states on disk")
         + (f", GPU {format_size(plan.peak_device_bytes)}" if plan.peak_device_bytes else ""),

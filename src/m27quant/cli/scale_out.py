@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,6 +74,11 @@ LayersOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+def is_first() -> bool:
+    """Whether this is the rank that talks, or the only one."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def hush(message: str) -> None:
