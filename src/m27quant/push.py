@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
 MAIN = "main"
+AGAIN = "push again: what has arrived is not sent twice"
 DEFAULT_MESSAGE = "Upload an NVFP4 checkpoint"
 
 
@@ -152,7 +153,7 @@ def _upload(
     if options.offline or constants.HF_HUB_OFFLINE:
         raise UsageError("offline: nothing can be pushed", hint="add --dry-run, or unset HF_HUB_OFFLINE")
     api = huggingface_hub.HfApi(token=options.token)
-    with hub_faults(pushed.repo_id, options.revision), _refusals(pushed.repo_id):
+    with hub_faults(pushed.repo_id, options.revision, again=AGAIN), _refusals(pushed.repo_id):
         _prepare_repository(api, pushed, files, options, say)
         weights = [file.name for file in files if not file.is_last]
         say(f"uploading {len(weights)} files to {pushed.repo_id}; config.json and index follow at the end")

@@ -97,8 +97,12 @@ def _snapshot(
 
 
 @contextmanager
-def hub_faults(repo_id: str, revision: str | None, *, offline: bool = False) -> Iterator[None]:
+def hub_faults(
+    repo_id: str, revision: str | None, *, offline: bool = False, again: str | None = None
+) -> Iterator[None]:
     """Turn what the Hub's client raises into faults of ours, with what to do next.
+
+    `again` is the hint where the network failed; without it how to fetch the repository later.
 
     Raises:
         CheckpointError: no Hub id at all.
@@ -137,13 +141,14 @@ def hub_faults(repo_id: str, revision: str | None, *, offline: bool = False) -> 
             raise_for_os_error(fault, Path(fault.filename or constants.HF_HUB_CACHE))
         raise EnvironmentFault(
             f"{repo_id}: the Hub cannot be reached ({escape(type(fault).__name__)}: {escape(fault)})",
-            hint=f"try again, or use --offline after `{fetch}`",
+            hint=again or f"try again, or use --offline after `{fetch}`",
         ) from None
     except Exception as fault:
         # The Hub client's transport raises its own tree (httpx); all of it means the network failed.
         if type(fault).__module__.split(".")[0] in TRANSPORTS:
             raise EnvironmentFault(
-                f"{repo_id}: the Hub cannot be reached ({escape(fault)})", hint=f"fetch it later: {fetch}"
+                f"{repo_id}: the Hub cannot be reached ({escape(fault)})",
+                hint=again or f"fetch it later: {fetch}",
             ) from None
         raise
 
