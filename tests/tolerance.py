@@ -114,3 +114,6 @@ def bf16_steps(a: float, b: float) -> int:
 TRAINING_RTOL: Final = 2e-4
 """Losses and gradient norms of an F32 training whose batches are split otherwise, over a handful of steps: sums in
 another order, through an optimizer that divides by small second moments.  Measured: up to 1e-5."""
+
+TRAINING_ATOL: Final = 2.0**-8
+"""BF16 weights of order one half, after such a training: one step of BF16, where F32 masters lie beside a tie."""

@@ -14,6 +14,7 @@ import m27quant
 from m27quant.drafters import learn
 from m27quant.errors import CheckpointError, Interrupted, OutputError, TrainingError, UsageError
 from tests.drafters.conftest import SMALL
+from tests.tolerance import TRAINING_RTOL
 
 Train = Callable[..., m27quant.TrainResult]
 KINDS = ("dflash", "eagle3")
@@ -111,20 +112,13 @@ def test_a_step_that_is_not_finite_stops_and_leaves_no_trace(
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
-def test_accumulation_is_a_larger_batch(train: Train, tmp_path: Path) -> None:
-    from m27quant.drafters.tensor_file import read_tensors
-    from tests.tolerance import TRAINING_RTOL
-
-    for kind in KINDS:
-        train(kind, f"{kind}-2x2", batch_size=2, grad_accumulation=2, dtype="f32")
-        train(kind, f"{kind}-4x1", batch_size=4, grad_accumulation=1, dtype="f32")
-        losses = [steps_of(tmp_path / f"{kind}-{name}", "loss", "grad_norm") for name in ("2x2", "4x1")]
-        for a, b in zip(*losses, strict=True):
-            assert a == pytest.approx(b, rel=TRAINING_RTOL)
-        a, b = (
-            read_tensors(tmp_path / f"{kind}-{name}" / "model.safetensors") for name in ("2x2", "4x1")
-        )
-        assert a.keys() == b.keys()
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulation_is_a_larger_batch(kind: str, train: Train, tmp_path: Path) -> None:
+    train(kind, "parts", batch_size=2, grad_accumulation=2, dtype="f32")
+    train(kind, "whole", batch_size=4, grad_accumulation=1, dtype="f32")
+    parts, whole = (steps_of(tmp_path / name, "loss", "grad_norm") for name in ("parts", "whole"))
+    for a, b in zip(parts, whole, strict=True):
+        assert a == pytest.approx(b, rel=TRAINING_RTOL)
 
 
 def test_whose_folder_it_is(train: Train, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 import pyarrow.parquet  # noqa: F401 - loaded late by the program, maybe from where only root may enter
 import torch
+import torch._dynamo  # loaded at the first optimizer's step
 
 import m27quant.checkpoint.card
 import m27quant.cli.app
