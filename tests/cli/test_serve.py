@@ -90,6 +90,9 @@ def test_errors_are_named(engine: str, broken: Path, call: Call) -> None:
         code, out, err = call("serve", broken, "--engine", engine, *gpus, *way)
         assert (code, out) == (1, "")
         assert "not fit to be served: M27-E" in err
+    code, out, err = call("serve", broken, "--engine", engine, "--print")  # no GPU here: this goes first
+    assert (code, out) == (1, "")
+    assert "M27-E" in err
     code, out, err = call("serve", broken, "--engine", engine, *gpus, "--print", "--json")
     assert (code, out) == (1, "")
     assert json.loads(err.splitlines()[-1])["error"]["exit_code"] == 1

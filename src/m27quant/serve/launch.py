@@ -16,7 +16,7 @@ from m27quant.errors import CheckpointError, FindingsError, UsageError, escape
 from m27quant.serve.detect import detect_gpus
 from m27quant.serve.engines_data import GPUS_PER_NODE, HOPPER, VERSIONS, EngineVersion, share_of
 from m27quant.serve.flags import MASTER, Choice, Setup, choose
-from m27quant.serve.memory_fit import Fit, fit
+from m27quant.serve.memory_fit import LEAST_CONTEXT, Fit, fit
 from m27quant.serve.speculation import Speculation, Wish, drafter_size, plan_drafts
 from m27quant.verify.collect import Findings
 from m27quant.verify.configs import read_configs
@@ -161,21 +161,25 @@ def plan_launch(
         os.fspath(checkpoint), headers_only=options.level == "quick", revision=options.revision,
         offline=options.offline, token=options.token, say=say,
     )  # fmt: skip
-    gpu, there = _gpu(options, say)
     view = View(folder=location.folder)
     read_configs(view, Findings())
     drafter = _drafter(options, say)
     if view.config is None:  # verify says why
-        refuse_errors(_verify(location, options, Serving(gpu=gpu.name), drafter), UNFIT)
+        refuse_errors(_verify(location, options, Serving(), drafter), UNFIT)
         raise CheckpointError(f"{escape(location.folder)}: config.json is not usable")
-    setup, solved = _decide(view, view.config, engine, gpu, there, options, drafter)
+    try:
+        gpu, there = _gpu(options, say)
+        setup, solved = _decide(view, view.config, engine, gpu, there, options, drafter)
+    except (UsageError, FindingsError):  # the checkpoint's own errors are named before
+        refuse_errors(_verify(location, options, Serving(), drafter), UNFIT)
+        raise
     serving = Serving(gpu=gpu.name, tp=setup.tp, ep=setup.ep, context=options.max_model_len)
     result = _verify(location, options, serving, drafter)
     refuse_errors(result, UNFIT, solved=solved)
     if not setup.fit.fits:
         raise FindingsError(
             f"M27-V004: {setup.fit.describe()} on each of {max(setup.tp, setup.ep or 1)} {gpu.name}, "
-            f"where {setup.fit.wanted or min(setup.fit.limit, 8192):,} are wanted",
+            f"where {setup.fit.wanted or min(setup.fit.limit, LEAST_CONTEXT):,} are wanted",
             hint="take more GPUs (--tp), a shorter --max-model-len, or more of the memory (--gpu-memory-utilization)",
         )
     launch = _launch(setup, engine, location, result, solved)
@@ -360,6 +364,8 @@ def _speculation(
 
 def _notes(setup: Setup) -> list[str]:
     notes = list(setup.speculation.notes) if setup.speculation else []
+    if setup.has_key and setup.engine.key_variable is None:
+        notes.append(f"{setup.engine.shown} takes its key as an argument: users of this machine can see it")
     if setup.nnodes > 1:
         notes.append(
             f"{setup.nnodes} machines: start it on each, with --node-rank 0 to {setup.nnodes - 1}"
