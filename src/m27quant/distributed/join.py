@@ -49,26 +49,28 @@ class Meeting:
                         f"ranks {missing[:8]} of {size} did not come within {JOIN_S} seconds",
                         hint="see what they say; all ranks must be able to reach rank 0's machine",
                     )
-                with suppress(TimeoutError, OSError, ValueError, KeyError, TypeError):
+                with suppress(TimeoutError):
                     connection, _ = self._server.accept()
-                    peer = self._welcome(connection, size)
+                    peer = self._welcome(Channel(connection), connection, size)
                     if peer is not None and peer.rank not in peers:
                         peers[peer.rank] = peer
         return Ranks(0, size, peers, local_size)
 
-    def _welcome(self, connection: socket.socket, size: int) -> Peer | None:
+    def _welcome(self, channel: Channel, connection: socket.socket, size: int) -> Peer | None:
         """A rank that knows the secret; anybody else is sent away."""
-        channel = Channel(connection)
-        connection.settimeout(GREETING_S)
-        hello = channel.receive()
-        connection.settimeout(None)
-        rank, pid = hello["rank"], hello["pid"]
-        known = hmac.compare_digest(str(hello["secret"]), self.secret)
-        if not known or not isinstance(rank, int) or not isinstance(pid, int) or not 0 < rank < size:
-            channel.close()
-            return None
-        channel.send(introduction(0))
-        return Peer(rank, pid, str(hello["host"]), channel)
+        try:
+            connection.settimeout(GREETING_S)
+            hello = channel.receive()
+            connection.settimeout(None)
+            rank, pid = hello["rank"], hello["pid"]
+            known = hmac.compare_digest(str(hello["secret"]).encode(), self.secret.encode())
+            if known and isinstance(rank, int) and isinstance(pid, int) and 0 < rank < size:
+                channel.send(introduction(0))
+                return Peer(rank, pid, str(hello["host"]), channel)
+        except (OSError, ValueError, KeyError, RecursionError):
+            pass
+        channel.close()
+        return None
 
 
 def call(address: str, port: int, secret: str, rank: int, size: int, local_size: int = 1) -> Ranks:
@@ -77,12 +79,15 @@ def call(address: str, port: int, secret: str, rank: int, size: int, local_size:
     Raises:
         EnvironmentFault: it cannot be reached.
     """
+    channel: Channel | None = None
     try:
         channel = Channel(socket.create_connection((address, port), timeout=JOIN_S))
         channel.send({**introduction(rank), "secret": secret})
         host = channel.receive()
         first = Peer(0, int(host["pid"]), str(host["host"]), channel)
     except (OSError, ValueError, KeyError) as fault:
+        if channel is not None:
+            channel.close()
         raise EnvironmentFault(
             f"rank {rank} of {size} cannot reach rank 0 at {address} port {port}: {fault}",
             hint="all ranks must be able to reach rank 0's machine; is there a firewall between them?",
