@@ -179,8 +179,9 @@ def _trained(engine: str, job: Job, device: torch.device, dtype: torch.dtype) ->
         return Trained(copies, lambda: job.ours(copies))
     module = job.module()
     module.load_state_dict(job.masters)
+    inv_freq = module.rope.inv_freq
     module = module.to(device, dtype)
-    module.rope.inv_freq = module.rope.inv_freq.float()  # as transformers keeps it
+    module.rope.inv_freq = inv_freq.to(device)  # F32, as transformers keeps it
     return Trained(dict(module.named_parameters()), lambda: job.theirs(module))
 
 
@@ -227,6 +228,8 @@ def _measure_memory(kind: str, engine: str, args: argparse.Namespace, device: to
 def _memory(s: Setting, kind: str, engine: str, device: torch.device) -> dict[str, int]:
     trained = _trained(engine, _job(kind, s, device, torch.bfloat16), device, torch.bfloat16)
     cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
     for _ in range(MEMORY_STEPS):
         trained.step()

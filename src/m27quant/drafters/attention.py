@@ -20,7 +20,7 @@ from torch import Tensor
 from m27quant.drafters.layers import wide
 
 SCORES_AT_ONCE = {"cpu": 2**20, "cuda": 2**27}
-"""Scores of one piece: as many as a core's cache takes, or as keeps the memory of a GPU small."""
+"""Scores of one piece: as many as a core's cache takes, or as keep a GPU busy and its memory free."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,8 @@ class Sight:
         at = torch.arange(piece.begin, piece.end, device=self.end_BA.device)
         groups = slice(piece.start, piece.stop)
         hidden = (at < self.begin_BAK[:, groups, :, None]) | (at >= self.end_BA[:, groups, None, None])
-        return torch.zeros(hidden.shape, dtype=dtype, device=at.device).masked_fill_(hidden, float("-inf"))[
-            :, None, :, None
-        ]
+        added = torch.zeros(hidden.shape, dtype=dtype, device=at.device)
+        return added.masked_fill_(hidden, float("-inf"))[:, None, :, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,7 @@ class _Attention(torch.autograd.Function):
         own_scores = torch.bmm(q.flatten(0, 1), own_k.flatten(0, 2).transpose(1, 2)).view(B * J, A, M, S)
         if sight.own_KS is not None:
             own_scores.view(B * J, A, G, K, S).masked_fill_(~sight.own_KS, float("-inf"))
-        pieces = sight.pieces(B * J * M, SCORES_AT_ONCE.get(q.device.type, 2**20))
+        pieces = sight.pieces(B * J * M, SCORES_AT_ONCE.get(q.device.type, SCORES_AT_ONCE["cpu"]))
         out, own_p, kept = torch.empty_like(q), torch.empty_like(own_scores), []
         for piece in pieces:
             groups, keys = slice(piece.start, piece.stop), slice(piece.begin, piece.end)

@@ -19,7 +19,7 @@ from m27quant.drafters.layers import wide
 Teacher = Callable[[slice], Tensor]
 """The target's logits [n, V] for some of the rows."""
 LOGITS_AT_ONCE = {"cpu": 2**19, "cuda": 2**27}
-"""Logits of one piece: as many as a core's cache takes in F32, or as keeps the memory of a GPU small."""
+"""Logits of one piece: as many as a core's cache takes, or as keep a GPU busy and its memory free."""
 
 
 def head_loss(
@@ -54,7 +54,7 @@ def head_loss(
 
 def pieces(rows_RD: Tensor, vocab_size: int) -> Iterator[slice]:
     """Rows whose logits are computed together."""
-    step = max(1, LOGITS_AT_ONCE.get(rows_RD.device.type, 2**18) // vocab_size)
+    step = max(1, LOGITS_AT_ONCE.get(rows_RD.device.type, LOGITS_AT_ONCE["cpu"]) // vocab_size)
     yield from (slice(start, start + step) for start in range(0, len(rows_RD), step))
 
 
