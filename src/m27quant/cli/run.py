@@ -206,7 +206,8 @@ def loading(progress: ProgressCallback) -> Any:
     def listen(done: int, total: int) -> None:
         if time.monotonic() - begun < QUIET_S:
             return
-        progress(Progress(stage="loading", fraction=done / total, layer=done, num_layers=total))
+        layer = done - 1 if done else None  # as people count, from 1: so many are loaded
+        progress(Progress(stage="loading", fraction=done / total, layer=layer, num_layers=total))
 
     return listen
 

@@ -304,10 +304,11 @@ class _Measured:
         short = {"float8_e4m3fn": "fp8", "bfloat16": "bf16", "float32": "f32"}
         self.mode = TargetMode(target, llm.options.activations, short.get(kv, kv), is_quantized)
         self.states = TargetStates(llm, "", cache_folder=None, cache_bytes=None)
-        self.samples = heldout_samples(
+        samples = heldout_samples(
             dataset, llm.tokenizer, vocab_size=llm.model.config.vocab_size, prompt_tokens=options.prompt_tokens,
             max_tokens=options.max_tokens, most=options.num_prompts, **reach,
         )  # fmt: skip
+        self.samples = [sample.cut(llm.model.config.max_position_embeddings) for sample in samples]
         if not self.samples:
             raise UsageError(
                 f"{escape(dataset)} holds no prompt", hint="name held-out text, or rows with prompts"

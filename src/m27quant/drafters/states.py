@@ -130,7 +130,8 @@ class TargetStates:
             hidden_states: which ones are tapped: 0 the embeddings, j behind layer j - 1, un-normed.
 
         Returns:
-            For each sample its taps, side by side in the order of `hidden_states`, and what its head reads.
+            For each sample its taps, side by side in the order of `hidden_states`, and what its head reads, on the
+            model's device.
 
         Raises:
             UsageError: a hidden state, a token or a position that the target does not have.
@@ -140,7 +141,9 @@ class TargetStates:
         if cache is None:
             return self._compute(samples, hidden_states)
         keys = [key_of(sample) for sample in samples]
-        found = {key: states for key in set(keys) if (states := cache.get(key)) is not None}
+        device = self.model.device
+        stored = {key: states for key in set(keys) if (states := cache.get(key)) is not None}
+        found = {key: (taps.to(device), final.to(device)) for key, (taps, final) in stored.items()}
         missing = [index for index, key in enumerate(keys) if key not in found]
         computed = self._compute([samples[index] for index in missing], hidden_states)
         fresh = {keys[index]: states for index, states in zip(missing, computed, strict=True)}
