@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from m27quant.bench.result import Acceptance, Answer, BenchResult, Cell, Reading
+from m27quant.bench.reading import Acceptance, Answer, Reading
+from m27quant.bench.result import BenchResult, Cell
 from m27quant.bench.sweep import recommend
 from m27quant.drafters.metrics import AcceptanceStats
 

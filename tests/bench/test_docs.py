@@ -6,7 +6,7 @@ import doctest
 import inspect
 from pathlib import Path
 
-from m27quant.bench.result import COUNTED
+from m27quant.bench.reading import COUNTED
 from m27quant.bench.tasks import TASKS
 from m27quant.drafters import metrics
 

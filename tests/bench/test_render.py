@@ -9,8 +9,9 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from m27quant.bench.plot import draw
+from m27quant.bench.reading import Answer, Reading
 from m27quant.bench.render import grids, lines, markdown
-from m27quant.bench.result import Answer, Cell, Reading, Spread
+from m27quant.bench.result import Cell, Spread
 from tests.bench.results import cell, example
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from m27quant.bench.reading import Source
 from m27quant.bench.requests import BenchOptions
-from m27quant.bench.result import BenchResult, Cell, Source
+from m27quant.bench.result import BenchResult, Cell
 from m27quant.bench.run import bench_server
 from m27quant.drafters.metrics import AcceptanceStats
 from m27quant.errors import EnvironmentFault, Interrupted, UsageError

@@ -6,8 +6,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from m27quant.bench.reading import Acceptance, Answer, Reading
 from m27quant.bench.requests import BenchOptions, Request
-from m27quant.bench.result import Acceptance, Answer, Reading
 from m27quant.drafters.metrics import AcceptanceStats, total
 from m27quant.errors import UsageError
 from m27quant.runtime.api import LLM

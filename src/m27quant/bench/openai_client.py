@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from m27quant.bench.reading import Answer, Source
 from m27quant.bench.requests import BenchOptions, Request
-from m27quant.bench.result import Answer, Source
 from m27quant.drafters.metrics import AcceptanceStats
 from m27quant.errors import EnvironmentFault, M27Error, UsageError, escape
 

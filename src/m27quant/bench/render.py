@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from m27quant.bench.result import COUNTED, BenchResult, Cell, Speed, Spread
+from m27quant.bench.reading import COUNTED
+from m27quant.bench.result import BenchResult, Cell, Speed, Spread
 from m27quant.errors import escape
 
 NONE = "-"

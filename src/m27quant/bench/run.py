@@ -3,54 +3,26 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from m27quant.bench.requests import BenchOptions, Request, make_requests
-from m27quant.bench.result import BenchResult, Cell, Reading
+from m27quant.bench.measure import Subject, measure
+from m27quant.bench.requests import BenchOptions
+from m27quant.bench.result import BenchResult
 from m27quant.bench.sweep import recommend
 from m27quant.bench.tasks import Loaded, load_task
 from m27quant.bench.variants import check_settings, describe, resized, run_flags
 from m27quant.environment import describe_environment
-from m27quant.errors import EnvironmentFault, UsageError, escape
-from m27quant.progress import Progress, ProgressCallback, ignore
+from m27quant.errors import UsageError, escape
+from m27quant.progress import ProgressCallback, ignore
 
 if TYPE_CHECKING:
     from m27quant.runtime.api import LLM
     from m27quant.runtime.options import RunOptions
     from m27quant.runtime.speculative.load import DrafterOptions
     from m27quant.runtime.speculative.proposal import Drafter
-
-
-MOST_TURNS = 16
-
-
-class Subject(Protocol):
-    """What answers."""
-
-    def run(
-        self, requests: Sequence[Request], concurrency: int, watch: Callable[[int, int], None]
-    ) -> Reading:
-        """Answer all requests, so many at once; `watch` hears of new answers and tokens, and may raise."""
-
-
-@dataclass(slots=True)
-class _Told:
-    """Progress over all cells, by requests."""
-
-    total: int
-    listen: ProgressCallback
-    stop: Callable[[], None]
-    done: int = 0
-    stage: str = ""
-
-    def __call__(self, answers: int, tokens: int) -> None:
-        self.stop()
-        self.done += answers
-        if answers:
-            self.listen(Progress(stage=self.stage, fraction=min(1.0, self.done / self.total)))
 
 
 def bench_checkpoint(
@@ -134,7 +106,7 @@ def bench_checkpoint(
         options=asdict(options),
         machine={**machine(), **_running(llm)},
     )
-    _measure(result, subjects, tasks, options, progress, stop, on_cell)
+    measure(result, subjects, tasks, options, progress, stop, on_cell)
     _advise(result, {name: run_flags(d) for name, d in distinct.items()})
     result.complete = True
     on_cell(result)
@@ -192,7 +164,7 @@ def bench_server(
         options={**asdict(options), "model": servers[0].model, "baseline_url": baseline_url},
         machine={"client": machine(), "server": servers[0].version()},
     )
-    _measure(result, subjects, tasks, options, progress, stop, on_cell)
+    measure(result, subjects, tasks, options, progress, stop, on_cell)
     result.complete = True
     on_cell(result)
     return result
@@ -203,62 +175,6 @@ def _tasks(options: BenchOptions, offline: bool, token: str | None) -> list[Load
     if len({t.name for t in tasks}) != len(tasks):
         raise UsageError("two tasks have one name", hint="give their files different names")
     return tasks
-
-
-def _measure(
-    result: BenchResult,
-    subjects: Mapping[str | None, Subject],
-    tasks: Sequence[Loaded],
-    options: BenchOptions,
-    progress: ProgressCallback,
-    stop: Callable[[], None],
-    on_cell: Callable[[BenchResult], None],
-) -> None:
-    """Fill the cells: those of one task and concurrency belong together, and come when all of them are done."""
-    rounds = options.repeat
-    each = sum(c + rounds * options.count(c) for c in options.concurrency)
-    told = _Told(total=each * len(tasks) * len(subjects), listen=progress, stop=stop)
-    for task in tasks:
-        for concurrency in options.concurrency:
-            warm, requests = make_requests(task.conversations, options, concurrency)
-            readings: dict[str | None, Reading] = {}
-            order = list(subjects)
-            for name in order:
-                told.stage = f"{task.name}, {concurrency} at once, warm-up"
-                subjects[name].run(warm, concurrency, told)
-            for part in _parts(requests, concurrency) * rounds:
-                for name in order:
-                    told.stage = f"{task.name}, {concurrency} at once, {name or 'without drafter'}"
-                    reading = subjects[name].run(part, concurrency, told)
-                    readings[name] = readings[name] + reading if name in readings else reading
-                order.reverse()
-            cells = [Cell.of(task.name, concurrency, name, readings[name]) for name in subjects]
-            _refuse_silence(cells)
-            result.cells += cells
-            result.notices += [n for r in readings.values() for n in r.notices if n not in result.notices]
-            on_cell(result)
-
-
-def _parts(requests: Sequence[Request], concurrency: int) -> list[Sequence[Request]]:
-    """What is asked of one subject before it is another's turn.
-
-    One at a time requests do not meet, so that turns change often and a machine that slows down slows all alike.
-    Several at once are asked in one go: each end of a part would run with fewer in flight.
-    """
-    if concurrency > 1:
-        return [requests]
-    size = -(-len(requests) // MOST_TURNS)
-    return [requests[begin : begin + size] for begin in range(0, len(requests), size)]
-
-
-def _refuse_silence(cells: Sequence[Cell]) -> None:
-    for cell in cells:
-        if cell.num_errors == cell.num_requests:
-            first = max(cell.errors, key=lambda e: cell.errors[e])
-            raise EnvironmentFault(
-                f"{cell.task}: none of {cell.num_requests} requests was answered: {first}",
-                hint="mend that first; nothing was measured",
-            )
 
 
 def _advise(result: BenchResult, flags: Mapping[str, str]) -> None:

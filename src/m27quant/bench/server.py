@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from m27quant.bench.counters import Counters, parse_counters, sglang_average, sglang_gauge
 from m27quant.bench.inprocess import Watch
 from m27quant.bench.openai_client import Client, Stopped
+from m27quant.bench.reading import Acceptance, Answer, Reading
 from m27quant.bench.requests import BenchOptions, Request
-from m27quant.bench.result import Acceptance, Answer, Reading
 from m27quant.drafters.metrics import total
 from m27quant.errors import EnvironmentFault, UsageError, escape
 
