@@ -28,6 +28,8 @@ from m27quant.drafters.samples import MANIFEST, SCHEMA_VERSION, read_manifest
 from m27quant.errors import OutputError, UsageError, escape
 
 KIND = "drafter data"
+TOLD = ("command", "target_name")
+"""What a description says that samples do not follow from."""
 FIELDS = ("id", "prompt_token_ids", "token_ids", "finish_reason", "prompt", "text")
 """Of a row, in this order, whether or not it has been through a journal."""
 
@@ -125,6 +127,8 @@ class DataFolder:
 
     def _take_up(self) -> None:
         manifest = read_manifest(self.out)
+        for key in TOLD:
+            self._head[key] = manifest.get(key)  # of the run that began
         changed = [key for key, value in self._head.items() if manifest.get(key) != value]
         if changed:
             raise UsageError(

@@ -129,7 +129,8 @@ def generate_drafter_data(
     description = {
         "command": command,
         "version": m27quant.__version__,
-        "target": _target(target, llm, fingerprint_of(target, **reach)),
+        "target_name": str(target),
+        "target": _target(llm, fingerprint_of(target, **reach)),
         "datasets": [dataclasses.asdict(source.origin) for source in sources],
         "settings": {
             "num_samples": len(prompts), "seed": options.seed, "shard_size": options.shard_size,
@@ -200,10 +201,9 @@ def _row(llm: LLM, index: int, sequence: Running) -> dict[str, Any]:
     }
 
 
-def _target(target: str | Path, llm: LLM, fingerprint: str) -> dict[str, Any]:
-    """The target as the manifest names it, and how it is run as far as that changes its answers."""
+def _target(llm: LLM, fingerprint: str) -> dict[str, Any]:
+    """The target, and how it is run as far as that changes its answers."""
     return {
-        "name": str(target),
         "fingerprint": fingerprint,
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "activations": llm.options.activations,
