@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from m27quant.calib.layerwise import Dropped
-from m27quant.calib.memory import limit_caches
 from m27quant.calib.ranges_file import Calibrated
 from m27quant.checkpoint.journal import Journal
 from m27quant.checkpoint.paths import existing
@@ -33,7 +32,7 @@ from m27quant.prepare import Options, Prepared, prepare
 from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.runlog import RunLog
 from m27quant.runtime.device import device_fault
-from m27quant.runtime.host_memory import peak_rss_bytes, rss_bytes
+from m27quant.runtime.host_memory import limit_caches, peak_rss_bytes, rss_bytes
 from m27quant.shares import share_of
 from m27quant.standing import check_done_units, state, units_to_do
 

@@ -18,7 +18,7 @@ CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
 MAX_GROUP = 16
 """More experts at once than this save nothing: the chunk's norm is recomputed once per group."""
 LATE_CODE = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-"""Code loaded or made during the work: matrix products (see `limit_caches`), on a GPU Triton's compiler."""
+"""Code loaded or made during the work: matrix products (see `host_memory.limit_caches`), on a GPU Triton's compiler."""
 PER_THREAD = 4 * 2**20
 """A thread's stack, its heap and its scratch for attention and products."""
 HEAP_RETENTION = 256 * 2**20
@@ -53,16 +53,6 @@ class MemoryPlan:
         """
         if resident > self.trim_above:
             give_back_freed()
-
-
-def limit_caches() -> None:
-    """Keep oneDNN and torch from caching a program for each height that a matrix ever had; call before products.
-
-    Experts get another number of tokens in every chunk: at the default of 1024 programs of 0.6 MB, made in less
-    than a millisecond each, that is what the activations of a whole chunk take.
-    """
-    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(variable, "128")
 
 
 def plan_memory(

@@ -31,7 +31,7 @@ from m27quant.drafters.states import TargetStates
 from m27quant.errors import EnvironmentFault, Interrupted, TrainingError, UsageError, escape
 from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.runtime.device import pick_device
-from m27quant.runtime.host_memory import rss_bytes
+from m27quant.runtime.host_memory import limit_caches, rss_bytes
 from m27quant.runtime.options import RunOptions
 from m27quant.runtime.parallel import Ranks, join, local_device
 
@@ -100,6 +100,7 @@ def train_drafter(
     """
     options = replace(options or TrainOptions(), **changes)
     started, out = time.monotonic(), Path(out)
+    limit_caches()
     paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
     _check_paths(out, [str(target), *paths])
     device = pick_device(local_device(options.device))
