@@ -57,8 +57,9 @@ class ServerOptions:
         for name in ("request_timeout_s", "body_timeout_s", "drain_timeout_s"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
-            raise UsageError("an API key has to be ASCII and not empty")
+        key = self.api_key
+        if key is not None and not (key.isascii() and key.isprintable() and key and " " not in key):
+            raise UsageError("an API key has to be printable ASCII without blanks, and not empty")
 
     @property
     def is_loopback(self) -> bool:

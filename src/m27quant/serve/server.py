@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -188,7 +188,7 @@ class Server:
         worker.start(self._loop)
         announcing = asyncio.create_task(self._announce())
         try:
-            await self._uvicorn._serve([self._listener])  # `serve` would take the signals
+            await self._uvicorn.serve([self._listener])
         finally:
             announcing.cancel()
             worker.stop()
@@ -229,7 +229,13 @@ def _uvicorn(app: Any, silence_s: float) -> uvicorn.Server:
     )  # fmt: skip
     config.load()
     config.http_protocol_class = _guarded(config.http_protocol_class, silence_s)
-    return uvicorn.Server(config)
+
+    class Quiet(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Generator[None, None, None]:
+            yield  # signals are `Server`'s, which lets answers finish first
+
+    return Quiet(config)
 
 
 def _guarded(protocol: Any, silence_s: float) -> Any:
