@@ -196,11 +196,27 @@ def test_there_has_to_be_a_server_and_one_model(task: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "localhost:8000", "file:///etc/passwd", "http://", "http://a:x", "http://a b"]
+    "url",
+    [
+        "",
+        "localhost:8000",
+        "file:///etc/passwd",
+        "http://",
+        "http://a:x",
+        "http://a b",
+        "http://me:s3cret@a/v1",
+    ],
 )
 def test_addresses_that_are_none(url: str, task: str) -> None:
     with pytest.raises(UsageError, match="not the address of a server"):
         bench_server(url, options(task))
+
+
+@pytest.mark.parametrize("key", ["", "s3cret\n", "s3cret\r\nHost: b", "s3crét"])
+def test_a_key_that_is_none_is_refused_and_not_shown(key: str, task: str) -> None:
+    with pytest.raises(UsageError, match="the API key has characters") as caught:
+        bench_server("http://127.0.0.1:1/v1", options(task), api_key=key)
+    assert "s3cr" not in f"{caught.value.message}{caught.value.hint}"
 
 
 def test_what_stops_it_keeps_the_cells_before(task: str) -> None:

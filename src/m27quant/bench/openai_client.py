@@ -47,10 +47,15 @@ class Client:
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` where the address is none."""
+        """Raise `UsageError` where the address is none, or the key none that a header can hold."""
+        if self.api_key is not None and re.fullmatch(r"[!-~]+", self.api_key, re.ASCII) is None:
+            raise UsageError(
+                "the API key has characters that keys do not have", hint="is there a line break in it?"
+            )
         try:
             parts = urlsplit(self.base_url)
             good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            good &= parts.username is None and parts.password is None  # it would be printed with the address
         except ValueError:
             good = False
         if not good or not self.base_url.isprintable() or " " in self.base_url:
