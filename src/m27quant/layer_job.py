@@ -30,16 +30,14 @@ from m27quant.checkpoint.durable import fault_point, move_durably, sha256_of
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.writer import ShardSet, WrittenFile, open_shards
 from m27quant.distributed.ranks import Ranks
+from m27quant.layer_progress import Reporter as _Reporter
 from m27quant.pack import PackStats, merged_stats, stream_experts
 from m27quant.plan import Plan, Unit, norm_and_router_names
-from m27quant.progress import Progress, ProgressCallback
-from m27quant.runtime.host_memory import rss_bytes
+from m27quant.progress import ProgressCallback
 from m27quant.runtime.layer import AttentionWeights, RouterWeights
 from m27quant.runtime.loader import attention_weights, refuse_non_finite, router_weights
+from m27quant.scales import write_scales
 from m27quant.shared import shared_file, shared_shards
-
-FP8_MAX = 448.0
-NVFP4_MAX = 6.0 * FP8_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +224,7 @@ def _write_small(job: Job, layer: int, shards: ShardSet, ranges: LayerRanges) ->
     """Norms and router as they are, and the scales that `ranges` give; returns what the report says of these."""
     for name in norm_and_router_names(job.source.config, layer):
         copy_tensor(job.source, name, shards, job.stop)
-    return _write_scales(job, layer, shards, ranges)
+    return write_scales(job.source.config, job.plan.resolved.kv_cache, layer, shards, ranges)
 
 
 def _attention(
@@ -287,35 +285,6 @@ def _save_hidden(job: Job, layer: int, rows: Iterator[tuple[Chunk, torch.Tensor]
     return dict(WrittenFile(final.name, size, digest).to_json())
 
 
-def _write_scales(job: Job, layer: int, shards: ShardSet, ranges: LayerRanges) -> dict[str, Any]:
-    """Write input and KV scales; returns them, and what was replaced because its range was zero."""
-    replaced: list[str] = []
-
-    def scale(module: str, amax: float, largest: float, maximum: float) -> torch.Tensor:
-        if amax == 0.0:  # never seen alive: the widest range of its kind in the layer is the safe side
-            replaced.append(module)
-            amax = largest or maximum
-        return torch.tensor(amax, dtype=torch.float32) / maximum
-
-    largest_w2 = max(ranges.w2_input_amax)
-    input_scale: dict[str, list[float]] = {p: [] for p in names.EXPERT_PROJECTIONS}
-    for expert in range(job.source.config.num_local_experts):
-        for projection in names.EXPERT_PROJECTIONS:
-            module = names.expert(layer, expert, projection)
-            amax = ranges.w2_input_amax[expert] if projection == "w2" else ranges.w13_input_amax
-            largest = largest_w2 if projection == "w2" else ranges.w13_input_amax
-            value = scale(module, amax, largest, NVFP4_MAX)
-            shards.write(f"{module}.input_scale", value)
-            input_scale[projection].append(float(value))
-    record: dict[str, Any] = {"input_scale": input_scale}
-    if job.plan.resolved.kv_cache == "fp8":
-        for name, amax in ((names.k_scale(layer), ranges.k_amax), (names.v_scale(layer), ranges.v_amax)):
-            value = scale(name, amax, 0.0, FP8_MAX)
-            shards.write(name, value)
-            record[name.rpartition(".")[2]] = float(value)
-    return record | {"zero_range": replaced}
-
-
 def _record(job: Job, ranges: LayerRanges, stats: PackStats) -> dict[str, Any]:
     """The layer's figures for the report, of all ranks together."""
     found = job.ranks.gather("packed", asdict(stats), job.stop)
@@ -327,58 +296,3 @@ def _record(job: Job, ranges: LayerRanges, stats: PackStats) -> dict[str, Any]:
         "non_finite_activations": ranges.non_finite_values,
         **packing,
     }
-
-
-class _Reporter:
-    """Progress within a layer, in the share of its arithmetic."""
-
-    def __init__(self, job: Job, layer: int, started: float) -> None:
-        c = job.source.config
-        self._job, self._layer, self._started = job, layer, started
-        attention = 2.0 * c.hidden_size * (c.q_size + c.kv_size)
-        experts = 2.0 * c.num_local_experts * c.hidden_size * c.intermediate_size
-        self._attention_share = attention / (attention + experts)
-        self._expert_bytes = job.source.total_bytes / c.num_hidden_layers / c.num_local_experts
-        self._ticks = 0
-
-    def attention(self, chunk: Chunk) -> None:
-        self._job.stop()
-        done = (chunk.end - self._job.first_token) / self._job.num_tokens
-        seen = self._job.sequences.num_tokens * done
-        self._send("attention", self._attention_share * done, tokens=seen, source_bytes=0.0)
-
-    def packed(self, share: float) -> None:
-        self._send(
-            "pack",
-            share,
-            tokens=0.0,
-            source_bytes=share * self._expert_bytes * self._job.source.config.num_local_experts,
-        )
-
-    def expert(self, index: int) -> None:
-        self._job.stop()
-        self._ticks += 1
-        total = self._job.source.config.num_local_experts * len(self._job.chunks)
-        done = self._ticks / total
-        share = self._attention_share + (1 - self._attention_share) * done
-        seen = self._job.sequences.num_tokens * done
-        self._send("experts", share, tokens=seen, source_bytes=(index + 1) * self._expert_bytes)
-
-    def _send(self, stage: str, share: float, *, tokens: float, source_bytes: float) -> None:
-        elapsed = max(time.monotonic() - self._started, 1e-6)
-        layers = self._job.source.config.num_hidden_layers
-        on_gpu = self._job.device.type == "cuda"
-        resident = rss_bytes()
-        self._job.memory.trim(resident)
-        self._job.progress(
-            Progress(
-                stage=stage,
-                fraction=(self._layer + share) / layers,
-                layer=self._layer,
-                num_layers=layers,
-                tokens_per_s=tokens / elapsed,
-                bytes_per_s=source_bytes / elapsed if source_bytes else None,
-                rss_bytes=resident,
-                device_bytes=torch.cuda.max_memory_allocated(self._job.device) if on_gpu else None,
-            )
-        )
