@@ -79,7 +79,9 @@ def test_a_stop_loses_nothing(train: Train, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cache_size", [0, 2**20])
-def test_states_from_the_cache_are_those_computed_again(train: Train, tmp_path: Path, cache_size: int) -> None:
+def test_states_from_the_cache_are_those_computed_again(
+    train: Train, tmp_path: Path, cache_size: int
+) -> None:
     train(name="some", cache_size=20_000)  # full after a few samples
     train(name="other", cache_size=cache_size)
     assert weights(tmp_path / "some") == weights(tmp_path / "other")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,17 @@ from tests.faults.harness import KILLED, Process, Program, until, visible
 from tests.faults.test_ranks import free_port
 from tests.tolerance import TRAINING_ATOL, TRAINING_RTOL
 
-SIZES = ("--intermediate-size", "24", "--no-progress", "--steps", "6", "--save-every", "2", "--optimizer", "muon")
+SIZES = (
+    "--intermediate-size",
+    "24",
+    "--no-progress",
+    "--steps",
+    "6",
+    "--save-every",
+    "2",
+    "--optimizer",
+    "muon",
+)
 KINDS = {
     "dflash": ("--layers", "1", "--block-size", "4", "--anchors-per-seq", "4", "--taps", "1,3"),
     "eagle3": ("--draft-vocab-size", "40", "--num-steps", "2", "--taps", "1,3,5"),
@@ -43,7 +52,16 @@ class Case:
         self.passed = log.read_text().split()
 
     def argv(self, out: Path, kind: str = "dflash", *options: str) -> tuple[str, ...]:
-        inputs = ("--target", str(self.target), "--data", str(self.rows), "--out", str(out), "--batch-size", "2")
+        inputs = (
+            "--target",
+            str(self.target),
+            "--data",
+            str(self.rows),
+            "--out",
+            str(out),
+            "--batch-size",
+            "2",
+        )
         return ("drafter", "train", kind, *inputs, *SIZES, *KINDS[kind], *options)
 
     def check(self, out: Path) -> None:
@@ -74,8 +92,8 @@ def num_steps(out: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def training(program: Program, fast_folder: Path) -> Iterator[Case]:
-    yield Case(program, fast_folder)
+def training(program: Program, fast_folder: Path) -> Case:
+    return Case(program, fast_folder)
 
 
 POINTS = (
@@ -85,7 +103,10 @@ POINTS = (
 
 
 def test_every_fault_point_of_training_is_tried(training: Case) -> None:
-    assert {point.split(":")[0] for point in POINTS} >= set(training.passed) - {"journal-before", "journal-after"}
+    assert {point.split(":")[0] for point in POINTS} >= set(training.passed) - {
+        "journal-before",
+        "journal-after",
+    }
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -155,7 +176,9 @@ def test_two_ranks_are_one_with_twice_the_accumulation(kind: str, training: Case
     options = ("--dtype", "f32", "--optimizer", "adamw")
     alone = training.argv(one, kind, *options, "--grad-accumulation", "4")
     assert training.program.run(*alone).code == 0
-    ended = [p.wait() for p in launch(training, training.argv(two, kind, *options, "--grad-accumulation", "2"), 2)]
+    ended = [
+        p.wait() for p in launch(training, training.argv(two, kind, *options, "--grad-accumulation", "2"), 2)
+    ]
     assert [e.code for e in ended] == [0, 0], [e.err for e in ended]
     assert ended[1].err == ended[1].out == ""
     for a, b in zip(steps_of(one), steps_of(two), strict=True):
@@ -170,7 +193,7 @@ def test_two_ranks_are_one_with_twice_the_accumulation(kind: str, training: Case
 
 
 def test_ranks_stop_and_go_on_together(training: Case, out: Path) -> None:
-    argv = training.argv(out, "dflash", "--steps", "30")
+    argv = training.argv(out, "dflash", "--steps", "12")
     ranks = launch(training, argv, 2)
     until(lambda: num_steps(out) >= 2)
     ranks[1].send(signal.SIGTERM)  # one of them alone
@@ -179,7 +202,9 @@ def test_ranks_stop_and_go_on_together(training: Case, out: Path) -> None:
     ended = [rank.wait() for rank in launch(training, (*argv, "--resume"), 2)]
     assert [e.code for e in ended] == [0, 0], [e.err for e in ended]
     quiet = out.with_name("quiet")
-    assert [rank.wait().code for rank in launch(training, training.argv(quiet, "dflash", "--steps", "30"), 2)] == [0, 0]
+    assert [
+        rank.wait().code for rank in launch(training, training.argv(quiet, "dflash", "--steps", "12"), 2)
+    ] == [0, 0]
     assert steps_of(out) == steps_of(quiet)
     assert (out / "model.safetensors").read_bytes() == (quiet / "model.safetensors").read_bytes()
 
