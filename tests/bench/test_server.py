@@ -217,6 +217,8 @@ def test_a_key_that_is_none_is_refused_and_not_shown(key: str, task: str) -> Non
     with pytest.raises(UsageError, match="the API key has characters") as caught:
         bench_server("http://127.0.0.1:1/v1", options(task), api_key=key)
     assert "s3cr" not in f"{caught.value.message}{caught.value.hint}"
+    with pytest.raises(UsageError, match="holds a name or a password, which results would show$"):
+        bench_server("http://me:s3cret@127.0.0.1:1/v1", options(task))
 
 
 def test_what_stops_it_keeps_the_cells_before(task: str) -> None:

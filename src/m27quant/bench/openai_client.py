@@ -52,10 +52,13 @@ class Client:
             raise UsageError(
                 "the API key has characters that keys do not have", hint="is there a line break in it?"
             )
+        if "@" in self.base_url.partition("//")[2].partition("/")[0]:
+            raise UsageError(
+                "the address holds a name or a password, which results would show", hint="pass --api-key"
+            )
         try:
             parts = urlsplit(self.base_url)
             good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-            good &= parts.username is None and parts.password is None  # it would be printed with the address
         except ValueError:
             good = False
         if not good or not self.base_url.isprintable() or " " in self.base_url:
