@@ -213,7 +213,7 @@ def main(paths: list[str]) -> None:
             with zipfile.ZipFile(wheel) as opened:
                 found[name] = {"version": engine.version} | (vllm if name == "vllm" else sglang)(opened)
             missing = unknown_flags(engine, found[name])
-            print(f"{wheel.name}: {len(found[name]['options'])} options; unknown to it: {missing or 'none'}")
+            print(f"{wheel.name}: {len(found[name]['options'])} options; unknown to it: {missing or 'none'}")  # noqa: T201
             if missing:
                 sys.exit(1)
     FOUND.write_text(json.dumps(found, indent=1) + "\n")
