@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from m27quant.bench.result import BenchResult
     from m27quant.bench.run import bench_checkpoint, bench_server
     from m27quant.checkpoint.overview import Overview, inspect_checkpoint
-    from m27quant.drafters.evaluate import EvalOptions, EvalResult, evaluate_drafter
+    from m27quant.drafters.evaluate import evaluate_drafter
+    from m27quant.drafters.evaluation import EvalOptions, EvalResult
     from m27quant.drafters.generate import DataOptions, DataResult, generate_drafter_data
     from m27quant.drafters.options import TrainOptions
     from m27quant.drafters.train import TrainResult, train_drafter
@@ -56,8 +57,8 @@ _LAZY = {
     "DataResult": "m27quant.drafters.generate",
     "DryRun": "m27quant.estimate",
     "dry_run": "m27quant.estimate",
-    "EvalOptions": "m27quant.drafters.evaluate",
-    "EvalResult": "m27quant.drafters.evaluate",
+    "EvalOptions": "m27quant.drafters.evaluation",
+    "EvalResult": "m27quant.drafters.evaluation",
     "evaluate_drafter": "m27quant.drafters.evaluate",
     "generate_drafter_data": "m27quant.drafters.generate",
     "GenerateResult": "m27quant.runtime.api",

@@ -11,7 +11,8 @@ import m27quant
 from m27quant import SamplingParams
 from m27quant.drafters.card import BEGIN, with_evaluation
 from m27quant.drafters.compare import paired_difference
-from m27quant.drafters.evaluate import EvalOptions, EvalResult, evaluate_drafter
+from m27quant.drafters.evaluate import evaluate_drafter
+from m27quant.drafters.evaluation import EvalOptions, EvalResult
 from m27quant.drafters.evaluation_card import section
 from m27quant.drafters.metrics import AcceptanceStats, total
 from m27quant.errors import M27Error
@@ -31,7 +32,9 @@ def result(examples: Path) -> EvalResult:
     """Both example drafters and prompt lookup; the second target is the first in other clothes."""
     drafters = [examples / "tiny-m27-dflash", examples / "tiny-m27-eagle3", "ngram"]
     target = examples / "tiny-m27"
-    return evaluate_drafter(drafters, [target, target], examples / "tiny-m27/heldout.txt", TINY, command="m27quant x")
+    return evaluate_drafter(
+        drafters, [target, target], examples / "tiny-m27/heldout.txt", TINY, command="m27quant x"
+    )
 
 
 SETTINGS = {
@@ -52,7 +55,8 @@ def test_it_is_what_generation_accepts(examples: Path, result: EvalResult, setti
     ids = llm.tokenizer.rendered((examples / "tiny-m27/heldout.txt").read_text(encoding="utf-8"))
     prompts = [ids[at : at + 12] for at in (0, (len(ids) - 32) // 2, len(ids) - 32)]
     params = [
-        SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, seed=derived_seed(0, i)) for i in range(3)
+        SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, seed=derived_seed(0, i))
+        for i in range(3)
     ]
     for stats, answer in zip(row.per_prompt, llm.generate(prompts, params), strict=True):
         engine = answer.stats.acceptance
@@ -139,5 +143,5 @@ def test_what_cannot_be_measured(examples: Path, tmp_path: Path) -> None:
         EvalOptions(stride=0)
     with pytest.raises(M27Error, match="num_draft_tokens"):
         EvalOptions(num_draft_tokens=(0,))
-    with pytest.raises(M27Error, match="no such folder|neither a folder"):
+    with pytest.raises(M27Error, match=r"no such folder|neither a folder"):
         evaluate_drafter(tmp_path / "missing", target, text, TINY)

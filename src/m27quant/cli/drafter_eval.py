@@ -18,7 +18,7 @@ from m27quant.cli.stopping import command_line, graceful
 from m27quant.errors import UsageError, escape
 
 if TYPE_CHECKING:
-    from m27quant.drafters.evaluate import EvalResult, EvalRow
+    from m27quant.drafters.evaluation import EvalResult, EvalRow
 
 DATA = "Data"
 SHOWN = 4
@@ -161,7 +161,8 @@ def eval_(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from m27quant.cli.run import loading
     from m27quant.cli.serve_builtin import tap_offset
-    from m27quant.drafters.evaluate import EvalOptions, evaluate_drafter
+    from m27quant.drafters.evaluate import evaluate_drafter
+    from m27quant.drafters.evaluation import EvalOptions
     from m27quant.runtime.options import RunOptions
 
     offset: Any = tap_offset(drafter_tap_offset)

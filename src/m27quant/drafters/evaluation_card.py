@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m27quant.checkpoint.card import escape_markdown
-from m27quant.drafters.evaluate import EvalResult, EvalRow
+from m27quant.drafters.evaluation import EvalResult, EvalRow
 from m27quant.drafters.metrics import AcceptanceStats
 
 SHOWN = 8
