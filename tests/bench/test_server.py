@@ -204,7 +204,6 @@ def test_there_has_to_be_a_server_and_one_model(task: str) -> None:
         "http://",
         "http://a:x",
         "http://a b",
-        "http://me:s3cret@a/v1",
     ],
 )
 def test_addresses_that_are_none(url: str, task: str) -> None:
@@ -217,7 +216,7 @@ def test_a_key_that_is_none_is_refused_and_not_shown(key: str, task: str) -> Non
     with pytest.raises(UsageError, match="the API key has characters") as caught:
         bench_server("http://127.0.0.1:1/v1", options(task), api_key=key)
     assert "s3cr" not in f"{caught.value.message}{caught.value.hint}"
-    with pytest.raises(UsageError, match="holds a name or a password, which results would show$"):
+    with pytest.raises(UsageError, match="holds a name or a password, which results would show"):
         bench_server("http://me:s3cret@127.0.0.1:1/v1", options(task))
 
 
