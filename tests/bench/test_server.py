@@ -136,6 +136,7 @@ FAULTS = {
     "HTTP 503: <html>": Behaviour(fault=lambda n: (503, "<html>")),
     "HTTP 307: http://example.com/": Behaviour(fault=lambda n: (307, "http://example.com/")),
     "HTTP 401: Incorrect API key": Behaviour(key="other"),
+    "HTTP 403: key *** is blocked": Behaviour(fault=lambda n: (403, {"error": "key s3cret is blocked"})),
     "sent no usage": Behaviour(events=without_usage),
     r"error in the stream: out of \x1b[31mmemory": Behaviour(events=with_an_error),
     "ended without [DONE]": Behaviour(events=lambda e: [*e[:3], b""]),

@@ -130,7 +130,8 @@ class Client:
                     watch()
                     stream.take(data, time.perf_counter())
         except (OSError, http.client.HTTPException, ValueError, M27Error) as fault:
-            return Answer(error=fault_words(fault))
+            words = fault_words(fault)
+            return Answer(error=words if self.api_key is None else words.replace(self.api_key, "***"))
         return stream.answer()
 
 
