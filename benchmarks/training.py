@@ -34,7 +34,7 @@ MAX_DIFFERENCE = 1e-3
 """Of losses, and of gradients as a share of their norm, both in F32: sums run in other orders."""
 OURS, THEIRS = "m27quant", "transformers"
 SOFT, SLOT_DECAY, STEPS, STEP_DECAY = 0.5, 0.85, 7, 0.8
-MEMORY_STEPS = 3
+MEMORY_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--kinds", default="dflash,eagle3")
     parser.add_argument("--save", action="store_true", help="write JSON and markdown to benchmarks/results/")
     parser.add_argument("--memory-of", nargs=2, metavar=("KIND", "ENGINE"), help=argparse.SUPPRESS)
