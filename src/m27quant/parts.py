@@ -11,6 +11,7 @@ from typing import Any
 
 from m27quant.calib.layerwise import LayerRanges
 from m27quant.calib.ranges_file import NAME, Calibrated, write_calibrated
+from m27quant.checkpoint.durable import sha256_of
 from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.workspace import Workspace
 from m27quant.finish import shown_recipe
@@ -33,6 +34,8 @@ def finish_calibration(
         layers=tuple(LayerRanges(**by_layer[u.name]) for u in prepared.plan.units if u.layer is not None),
     )
     write_calibrated(path, found)
+    if workspace.journal.find("calibrated") is None:
+        workspace.journal.append("calibrated", sha256=sha256_of(path))
     for left in workspace.work.glob("hidden-*"):  # the last layer's input, which nothing needs any more
         left.unlink()
     return {"calibration": str(path), "num_tokens": sum(found.lengths), "num_layers": len(found.layers)}

@@ -20,6 +20,7 @@ from m27quant.checkpoint.assumed import AssumedSource
 from m27quant.checkpoint.hub import locate
 from m27quant.checkpoint.layout import check_layout
 from m27quant.checkpoint.source import Source
+from m27quant.checkpoint.workspace import differences
 from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.plan import Plan, check_paths, make_plan
 from m27quant.recipes import Recipe, load_recipe
@@ -164,13 +165,7 @@ def _check_calibrated(calibrated: Calibrated, prepared: Prepared, options: Optio
         UsageError: they are not; lists every difference.
         CheckpointError: they lack layers or experts.
     """
-    now = json.loads(json.dumps(prepared.fingerprint(options)))
-    fields = sorted(k for k in {*calibrated.fingerprint, *now} if calibrated.fingerprint.get(k) != now.get(k))
-    if fields:
-        lines = "; ".join(
-            f"{f}: {escape(calibrated.fingerprint.get(f), 80)} there, {escape(now.get(f), 80)} here"
-            for f in fields
-        )
+    if lines := differences(calibrated.fingerprint, prepared.fingerprint(options), "there", "here"):
         raise UsageError(
             f"--ranges {escape(options.ranges)}: made with other inputs: {lines}",
             hint="repeat the calibration's model, recipe and options, or calibrate again",

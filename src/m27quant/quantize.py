@@ -21,7 +21,7 @@ from m27quant.calib.layerwise import Dropped
 from m27quant.calib.ranges_file import Calibrated
 from m27quant.checkpoint.journal import Journal
 from m27quant.checkpoint.paths import existing
-from m27quant.checkpoint.workspace import Workspace, check_same
+from m27quant.checkpoint.workspace import Workspace, check_same, differences
 from m27quant.distributed.ranks import ALONE, Ranks
 from m27quant.errors import UsageError
 from m27quant.finish import build_result, is_hidden, output_names
@@ -166,24 +166,17 @@ def _follow(
     if not begun["is_complete"]:
         prepared = prepare(model, out, options, say)
         with prepared.source, torch.inference_mode():
-            _check_same_inputs(begun["fingerprint"], prepared.fingerprint(options), ranks)
+            own = prepared.fingerprint(options)
+            if lines := differences(begun["fingerprint"], own, "on rank 0", "here"):
+                raise UsageError(
+                    f"not the inputs of rank 0: {lines}",
+                    hint="all ranks need the same files, versions and kind of device",
+                )
             job = _job(prepared, options, Workspace(out).work, begun, progress, stop, ranks)
             for unit in units_to_do(prepared.plan, options):
                 if unit.name not in begun["done"]:
                     begun["hidden"] = _run_unit(job, unit, begun["hidden"], None, prepared.calibrated)
     return ranks.share("end", None, stop), begun["is_complete"]
-
-
-def _check_same_inputs(first: Mapping[str, Any], own: Mapping[str, Any], ranks: Ranks) -> None:
-    try:
-        check_same(first, json.loads(json.dumps(own)))
-    except UsageError as fault:
-        raise UsageError(
-            fault.message.replace(" then, ", " on rank 0, ")
-            .replace(" now", " here")
-            .replace("this run's inputs are not those of the run to resume", "not the inputs of rank 0"),
-            hint="all ranks need the same files, versions and kind of device",
-        ) from None
 
 
 def _run(

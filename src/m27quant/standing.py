@@ -55,7 +55,8 @@ def state(journal: Journal, memory: MemoryPlan) -> dict[str, Any]:
 def check_done_units(workspace: Workspace) -> None:
     """After a crash: what the journal vouches for must really be there."""
     entries = workspace.journal.all("unit")
-    needed = newest_with_hidden(entries)  # older hidden states are gone on purpose
+    calibrated = workspace.journal.find("calibrated") is not None
+    needed = None if calibrated else newest_with_hidden(entries)  # other hidden states are gone on purpose
     for entry in entries:
         files = [f for f in entry["files"] if entry is needed or not is_hidden(f)]
         if not workspace.intact({"files": files}):

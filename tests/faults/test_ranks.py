@@ -102,6 +102,18 @@ def test_more_ranks_than_chunks_and_experts(program: Program, case: Case, out: P
     assert tree(out) == tree(tmp_path / "one")
 
 
+def test_calibrated_by_two_packed_by_three(
+    program: Program, case: Case, out: Path, tmp_path: Path, expected: dict[str, str]
+) -> None:
+    home = tmp_path / "calibration"
+    ended = together(program, case.argv(home, "--calibrate-only"), 2)
+    assert [e.code for e in ended] == [0, 0], [e.err for e in ended]
+    argv = ("quantize", str(case.model), str(out), "--ranges", str(home / "calibration.json"))
+    ended = together(program, argv, 3)
+    assert [e.code for e in ended] == [0] * 3, [e.err for e in ended]
+    assert tree(out) == expected
+
+
 def test_a_rank_that_is_killed_stops_all_and_is_named(
     program: Program, case: Case, out: Path, expected: dict[str, str]
 ) -> None:

@@ -103,6 +103,16 @@ def test_a_finished_part_has_nothing_left_to_do(made: Made, copies: list[Path]) 
         quantize_checkpoint(str(made.model), copies[1], ranges=str(made.ranges), layers=(0, 3), resume=True)
 
 
+def test_a_finished_calibration_has_nothing_left_to_do(made: Made, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(made.ranges.parent, tmp_path / "calibration"))
+    assert not list(home.rglob("hidden-*")), "nothing large is left"
+    before = tree(home)
+    quantize_checkpoint(str(made.model), home, dataset=str(made.rows), calibrate_only=True, resume=True)
+    assert tree(home) == before
+    with pytest.raises(UsageError, match="calibrate_only: "):
+        quantize_checkpoint(str(made.model), home, dataset=str(made.rows), resume=True)
+
+
 def test_cut_short_it_goes_on(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> None:
         raise KeyboardInterrupt

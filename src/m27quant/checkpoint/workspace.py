@@ -361,13 +361,18 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     Raises:
         UsageError: they differ; lists every field with both values.
     """
-    fields = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-    if fields:
-        lines = "; ".join(f"{k}: {_short(before.get(k))} then, {_short(now.get(k))} now" for k in fields)
+    if lines := differences(before, now, "then", "now"):
         raise UsageError(
             f"this run's inputs are not those of the run to resume: {lines}",
             hint="repeat the first run's arguments, or start afresh with --overwrite",
         )
+
+
+def differences(one: Mapping[str, Any], two: Mapping[str, Any], at_one: str, at_two: str) -> str:
+    """Every field in which two fingerprints differ, with both values and where each is; empty where none does."""
+    two = json.loads(json.dumps(two))  # as a file gives it back
+    fields = sorted(k for k in {*one, *two} if one.get(k) != two.get(k))
+    return "; ".join(f"{k}: {_short(one.get(k))} {at_one}, {_short(two.get(k))} {at_two}" for k in fields)
 
 
 def _file_names(names: Any) -> list[str]:

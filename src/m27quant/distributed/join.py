@@ -110,7 +110,8 @@ def join(stop: Callable[[], None] = lambda: None) -> Ranks:
     size = _number("WORLD_SIZE", 1)
     if size <= 1:
         return ALONE
-    rank, local_size = _number("RANK"), _number("LOCAL_WORLD_SIZE", size)
+    rank, local_size = _number("RANK"), _number("LOCAL_WORLD_SIZE", 1)
+    address = LOOPBACK if local_size == size else os.environ.get("MASTER_ADDR", "")
     from torch.distributed import DistError
     from torch.distributed.rendezvous import rendezvous
 
@@ -118,9 +119,8 @@ def join(stop: Callable[[], None] = lambda: None) -> Ranks:
         store, _, _ = next(
             rendezvous("env://", rank=rank, world_size=size, timeout=timedelta(seconds=JOIN_S))
         )
-        host = os.environ["MASTER_ADDR"]
         if rank == 0:
-            meeting = Meeting(LOOPBACK if local_size == size else _own_address(host))
+            meeting = Meeting(_own_address(address))
             store.set(KEY, f"{meeting.port} {meeting.secret}")
             return meeting.open(size, stop, local_size)
         port, secret = store.get(KEY).decode().split()
@@ -128,7 +128,7 @@ def join(stop: Callable[[], None] = lambda: None) -> Ranks:
         raise EnvironmentFault(
             f"the {size} ranks cannot reach each other: {fault}", hint="start them with torchrun"
         ) from None
-    return call(LOOPBACK if local_size == size else host, int(port), secret, rank, size, local_size)
+    return call(address, int(port), secret, rank, size, local_size)
 
 
 def _own_address(host: str) -> str:
