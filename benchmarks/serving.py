@@ -109,6 +109,11 @@ def _measure(checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
             prompts = [ids[at * PROMPT : (at + 1) * PROMPT] for at in range(count)]
             _compare(llm, port, prompts, args.tokens)
             rows += _rates(llm, port, process, prompts, concurrency, args)
+            for row in rows[-len(WAYS) :]:  # what is measured is not lost where time runs out
+                print(
+                    f"{concurrency} clients, {row['way']}: {row['ratio']:.2f} {row['ratios']}",
+                    file=sys.stderr,
+                )
     return {"threads": args.threads, "tokens": args.tokens, "rounds": args.rounds, "rows": rows}
 
 
