@@ -15,19 +15,19 @@ from tests.kernels.scale_cases import Case, cases, extreme_cases
 
 triton = pytest.importorskip("triton", reason="needs Triton, which this platform does not have")
 
-CASES = ["fp8", "bf16", "weighted", "ends", "nonfinite"]
+CASES = ["fp8", "weighted", "ends", "nonfinite"]
 
 
 def check(case: str) -> None:
     """Kernel against reference on CPU tensors: only Triton's interpreter can run this."""
     from m27quant.kernels.nvfp4_pack import gpu
 
-    bf16, _, clipped, fp8, *_ = cases("student", 128, 128)
-    weight, scale_inv, amax, block = {"bf16": clipped, "weighted": bf16}.get(case, fp8)
+    bf16, _, _, fp8, *_ = cases("student", 128, 128)
+    weight, scale_inv, amax, block = bf16 if case == "weighted" else fp8
     if case == "ends":
         weight, scale_inv, amax, block = list(extreme_cases())[3]
         weight = weight[:4].contiguous()
-    rows = slice(0, 24)
+    rows = slice(0, 16)  # one program
     weight = weight[rows]
     channel = torch.rand(weight.shape[1]) if case == "weighted" else None
     if case == "nonfinite":

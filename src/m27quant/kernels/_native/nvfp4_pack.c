@@ -1,10 +1,8 @@
 /* NVFP4 packing on a CPU.  The specification, and the meaning of every name, is nvfp4_pack/reference.py. */
 #include <stdlib.h>
 
+#include "nvfp4_bf16.h"
 #include "nvfp4_fp8.h"
-
-/* Eight BF16 magnitudes. */
-typedef int16_t Lanes16 __attribute__((vector_size(16)));
 
 /* Adds `groups` to each of the three counts that a group with this largest magnitude belongs to. */
 M27_INLINE void count(int64_t *counts, float amax, float ws2, int64_t groups) {
@@ -95,49 +93,6 @@ M27_CLONES static void count_fp8(const uint8_t *weight, const float *scale_inv, 
 }
 
 /* ---- BF16 input ----------------------------------------------------------------------------------------- */
-
-/* As Steps, in BF16 magnitudes and for the whole weight, since nothing but the largest magnitude matters. */
-typedef struct {
-    Lanes16 last[8];
-    uint8_t scale;
-    uint8_t ready;
-} Steps16;
-
-#define MAGNITUDES 0x7F80 /* finite BF16 magnitudes; Inf and NaN lie above */
-
-static void fill_bf16(Steps16 *e, uint32_t most, float ws2) {
-    e->scale = scale_code(bf16_value(most), ws2);
-    double d = (double)(e4m3_value(e->scale) * ws2);
-    for (int k = 0; k < 8; k++) {
-        float below = (float)(d * LIMIT[k]); /* rounded; brought below the limit, then cut to BF16 */
-        uint32_t bits = f32_bits(below) - ((double)below > d * LIMIT[k]);
-        e->last[k] = (Lanes16){0} + (int16_t)(bits >> 16);
-    }
-    e->ready = 1;
-}
-
-M27_INLINE uint32_t group_most_bf16(const uint16_t *p) {
-    uint16_t most = 0;
-    for (int i = 0; i < GROUP; i++) {
-        uint16_t c = p[i] & 0x7FFF;
-        most = c > most ? c : most;
-    }
-    return most;
-}
-
-/* Eight elements to four bytes. */
-M27_INLINE void encode_bf16(const uint16_t *p, const Steps16 *e, uint8_t *out) {
-    Lanes16 x, c, code = {0};
-    memcpy(&x, p, sizeof x);
-    c = x & 0x7FFF;
-    for (int k = 1; k < 8; k++) code -= (Lanes16)(c > e->last[k]); /* true is -1 */
-    code |= (Lanes16)(c > e->last[0]) & (Lanes16)(x < 0) & 8;
-    typedef uint32_t Pairs __attribute__((vector_size(GROUP)));
-    typedef uint8_t Bytes __attribute__((vector_size(GROUP / 4)));
-    Pairs pair = (Pairs)code;
-    Bytes bytes = __builtin_convertvector((pair | (pair >> 12)) & 0xFF, Bytes);
-    memcpy(out, &bytes, sizeof bytes);
-}
 
 /* `table`: MAGNITUDES zeroed entries. */
 M27_CLONES static int pack_bf16(const uint16_t *weight, int64_t K, float ws2, uint8_t *codes, uint8_t *scales,

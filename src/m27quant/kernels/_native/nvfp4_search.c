@@ -1,6 +1,8 @@
 /* NVFP4 packing under the block scales with the least squared error.  See nvfp4_search.h. */
 #include "nvfp4_search.h"
 
+#include "nvfp4_bf16.h"
+
 #include <stdlib.h>
 
 #define MARGIN (1.0f + 0x1p-13f) /* more than F32 errors are off, relative to the true ones */
@@ -52,27 +54,25 @@ M27_INLINE v16 errors16(const float *x, const float *weight, v16 step, v16 inver
     return sum;
 }
 
+M27_INLINE float weighted_sum(v16 r, const float *weight) {
+    v16 squares = r * r;
+    if (weight) squares *= load16(weight);
+    float v[GROUP];
+    store16(v, squares);
+    return sum_lanes(v);
+}
+
+M27_INLINE v16 positive(v16 r) { return choose16(r > 0.0f, r, splat(0.0f)); }
+
 /* Below the error of every scale that is at most as large: what lies beyond 6 d is clipped. */
 M27_INLINE float clipped(const float *x, const float *weight, float step) {
-    float v[GROUP];
-    for (int j = 0; j < GROUP; j++) {
-        float r = x[j] - 6.0f * step;
-        r = r > 0.0f ? r : 0.0f;
-        v[j] = weight ? r * r * weight[j] : r * r;
-    }
-    return sum_lanes(v);
+    return weighted_sum(positive(load16(x) - 6.0f * step), weight);
 }
 
 /* Below the error of every scale that is at least as large: what lies below d/2 becomes 0 or d/2 or more. */
 M27_INLINE float coarse(const float *x, const float *weight, float step) {
-    float v[GROUP];
-    for (int j = 0; j < GROUP; j++) {
-        float r = 0.5f * step - x[j];
-        r = r < x[j] ? r : x[j];
-        r = r > 0.0f ? r : 0.0f;
-        v[j] = weight ? r * r * weight[j] : r * r;
-    }
-    return sum_lanes(v);
+    v16 near = load16(x), far = 0.5f * step - near;
+    return weighted_sum(positive(choose16(far < near, far, near)), weight);
 }
 
 /* Errors in F32 of the candidates from `low` to `high` - 1; the others are known to be worse. */
@@ -94,10 +94,13 @@ M27_INLINE void look16(Window *w, const float *x, const float *weight, const Sca
 /* The first of the best among the candidates in the window that may be it. */
 M27_INLINE int first_best(const Block16 *b, const Scales *s, const Window *w) {
     int32_t most = (int32_t)f32_bits(w->most), count = 0, sum = 0;
-    for (int code = w->low; code < w->high; code++) {
-        int32_t may = w->error[code] <= most;
-        count += may;
-        sum += may * code;
+    for (int at = w->low; at < w->high; at += 16) {
+        int first = at > w->high - 16 ? w->high - 16 : at; /* what is looked at twice counts as several */
+        for (int i = 0; i < 16; i++) {
+            int32_t may = w->error[first + i] <= most;
+            count += may;
+            sum += may ? first + i : 0;
+        }
     }
     if (count == 1) return sum;
     int best = 0;
@@ -113,11 +116,14 @@ M27_INLINE int first_best(const Block16 *b, const Scales *s, const Window *w) {
 M27_INLINE int best_scale(const Block16 *b, const Scales *s) {
     Window w;
     w.most = INFINITY;
-    float x[GROUP], largest = 0.0f;
+    float x[GROUP];
+    uint32_t most = 0; /* magnitudes are ordered as their bits are */
     for (int j = 0; j < GROUP; j++) {
+        uint32_t bits = f32_bits(b->x[j]);
+        most = bits > most ? bits : most;
         x[j] = b->x[j] * s->unit;
-        largest = x[j] > largest ? x[j] : largest;
     }
+    float largest = f32_from_bits(most) * s->unit;
     if (s->unit == 0.0f || largest > FARTHEST) { /* rare: each candidate may be the best */
         memset(w.error, 0, sizeof w.error);
         w.low = 1, w.high = SCALES + 1;
@@ -140,38 +146,27 @@ M27_INLINE int best_scale(const Block16 *b, const Scales *s) {
     return first_best(b, s, &w);
 }
 
-/* Sixteen codes of magnitudes, sign in bit 3 where the value is below zero, to eight bytes. */
-M27_INLINE void encode(const float *x, uint32_t minus, const Candidate *c, uint8_t *out) {
-    uint8_t code[GROUP];
-    for (int j = 0; j < GROUP; j++) {
-        int k = 0;
-        for (int i = 1; i < 8; i++) k += x[j] > c->last[i];
-        code[j] = (uint8_t)(k | ((x[j] > c->last[0] && (minus >> j & 1)) ? 8 : 0));
-    }
-    for (int j = 0; j < GROUP / 2; j++) out[j] = code[2 * j] | (uint8_t)(code[2 * j + 1] << 4);
-}
-
-M27_INLINE void pack_group(Block16 *b, uint32_t minus, const Scales *s, uint8_t *codes, uint8_t *scale) {
-    int code = best_scale(b, s);
-    *scale = (uint8_t)code;
-    encode(b->x, minus, s->of + code, codes);
-}
-
 M27_CLONES static int search_bf16(const uint16_t *weight, int64_t K, const Scales *s, const float *channel,
                                   const float *small_channel, uint8_t *codes, uint8_t *scales, int64_t row0,
                                   int64_t row1) {
+    Steps16 steps[SCALES + 1];
+    for (int c = 0; c <= SCALES; c++) steps[c].ready = 0;
     for (int64_t n = row0; n < row1; n++)
         for (int64_t k = 0; k < K; k += GROUP) {
             const uint16_t *p = weight + n * K + k;
+            if (group_most_bf16(p) >= MAGNITUDES) return 0;
             Block16 b = {{0}, channel ? channel + k : NULL, channel ? small_channel + k : NULL};
-            uint32_t minus = 0, bad = 0;
-            for (int j = 0; j < GROUP; j++) {
-                b.x[j] = bf16_value(p[j] & 0x7FFF);
-                minus |= (uint32_t)(p[j] >> 15) << j;
-                bad |= (p[j] & 0x7FFF) >= 0x7F80;
+            for (int j = 0; j < GROUP; j++) b.x[j] = bf16_value(p[j] & 0x7FFF);
+            int code = best_scale(&b, s);
+            Steps16 *e = steps + code;
+            if (!e->ready) {
+                e->scale = (uint8_t)code;
+                fill_bf16_under_scale(e, s->ws2);
             }
-            if (bad) return 0;
-            pack_group(&b, minus, s, codes + (n * K + k) / 2, scales + (n * K + k) / GROUP);
+            uint8_t *out = codes + (n * K + k) / 2;
+            encode_bf16(p, e, out);
+            encode_bf16(p + GROUP / 2, e, out + GROUP / 4);
+            scales[(n * K + k) / GROUP] = (uint8_t)code;
         }
     return 1;
 }
