@@ -25,7 +25,7 @@ from m27quant.drafters.walk import Text, repeated_share, walk
 from m27quant.errors import UsageError, escape
 from m27quant.llm import load
 from m27quant.progress import Progress, ProgressCallback, ignore
-from m27quant.runtime.api import LLM
+from m27quant.runtime.api import LLM, GenerateResult
 from m27quant.runtime.generation import SamplingParams, derived_seed
 from m27quant.runtime.options import RunOptions
 from m27quant.runtime.speculative.choose import NGRAM, make_named
@@ -106,7 +106,7 @@ def evaluate_drafter(
             progress=loading, **reach,
         )  # fmt: skip
         folder = locate(target, revision=revision, **reach).folder
-        measured = _Measured(llm, target, folder, is_quantized, str(dataset), options, reach, say)
+        measured = _Measured(llm, target, folder, is_quantized, str(dataset), options, reach, say, stop)
         for index, name in enumerate(names):
             stop()
             rows += measured.rows_of(name)
@@ -150,9 +150,10 @@ class _Measured:
 
     def __init__(
         self, llm: LLM, target: str, folder: Path, is_quantized: bool, dataset: str, options: EvalOptions,
-        reach: dict[str, Any], say: Callable[[str], None],
+        reach: dict[str, Any], say: Callable[[str], None], stop: Callable[[], None],
     ) -> None:  # fmt: skip
         self.llm, self.folder, self.options, self.reach, self.say = llm, folder, options, reach, say
+        self.stop = stop
         kv = str(llm.engine.cache.shape.dtype).removeprefix("torch.")
         short = {"float8_e4m3fn": "fp8", "bfloat16": "bf16", "float32": "f32"}
         self.mode = TargetMode(target, llm.options.activations, short.get(kv, kv), is_quantized)
@@ -180,14 +181,18 @@ class _Measured:
             )
             for index in range(len(prompts))
         ]  # fmt: skip
-        results = self.llm.generate(prompts, params)
-        failed = next((result for result in results if result.error is not None), None)
+        results: dict[int, GenerateResult] = {}
+        for event in self.llm.stream(prompts, params):
+            self.stop()
+            if event.result is not None:
+                results[event.index] = event.result
+        failed = next((result for result in results.values() if result.error is not None), None)
         if failed is not None:
             raise UsageError(f"prompt {failed.index}: {failed.error}", hint="take shorter prompts")
         longest = self.llm.max_model_len
         return [
-            Text(prompt + result.token_ids, len(prompt), min(longest, len(prompt) + o.max_tokens))
-            for prompt, result in zip(prompts, results, strict=True)
+            Text(prompt + results[i].token_ids, len(prompt), min(longest, len(prompt) + o.max_tokens))
+            for i, prompt in enumerate(prompts)
         ]
 
     def rows_of(self, name: str) -> list[EvalRow]:
@@ -204,6 +209,7 @@ class _Measured:
             answers = [sample_of("", t.tokens[:-1], []) for t in texts]  # the last token was never computed
             taps = [pair[0] for pair in self.states.of(answers, made[0].taps)]
             for found, drafter in zip(steps, made, strict=True):
+                self.stop()
                 found += walk(drafter, texts, taps)
         kind = "eagle3" if isinstance(first, Eagle3Drafter) else "dflash"
         proxies: dict[int, Proxy | None] = {}
@@ -255,6 +261,7 @@ class _Measured:
         for begin in range(0, len(self.samples), TEXTS):
             samples: list[Sample] = self.samples[begin : begin + TEXTS]
             taps = [pair[0] for pair in self.states.of(samples, drafter.taps)]
+            self.stop()
             parts.append(teacher_forced(drafter, samples, taps, self.options.stride))
         return pooled(parts, self.options.stride)
 
