@@ -184,3 +184,9 @@ def test_nothing_to_learn(train: Train, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to learn"):
         train(data=path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_cannot_be_loaded_leaves_no_folder(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="activations"):
+        train(activations="fp2")
+    assert not (tmp_path / "out").exists()

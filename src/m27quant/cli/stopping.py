@@ -69,7 +69,7 @@ def command_line(renamed: Mapping[str, str]) -> str:
     Arguments that are keys of `renamed` are shown under other names.
     """
     kept, positional = _arguments()
-    return shlex.join(["m27quant", *(renamed.get(argument, argument) for argument in [*kept, *positional])])
+    return shlex.join([*_program(), *(renamed.get(argument, argument) for argument in [*kept, *positional])])
 
 
 def _arguments() -> tuple[list[str], list[str]]:

@@ -104,15 +104,16 @@ def train_drafter(
     paths = [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
     _check_paths(out, [str(target), *paths])
     device = pick_device(local_device(options.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # collectives ask for the current one
     folder = TrainingFolder(out)
     ranks = join(device)
     try:
-        by_first(
-            ranks, lambda: folder.check(resume=options.resume, overwrite=options.overwrite)
-        )  # before the work
+        by_first(ranks, lambda: folder.check(resume=options.resume, overwrite=options.overwrite))
         plan = prepare(kind, str(target), paths, options, ranks.size, say)
         if (done := by_first(ranks, lambda: _finished(folder, plan, options))) is not None:
             return _result(out, done, started, was_complete=True)
+        run = _Run(plan, options, folder, ranks, device, progress, stop, say)
         by_first(
             ranks,
             lambda: folder.open(
@@ -120,7 +121,6 @@ def train_drafter(
                 force_unlock=options.force_unlock,
             ),
         )  # fmt: skip
-        run = _Run(plan, options, folder, ranks, device, progress, stop, say)
         return _result(out, run.to_the_end(command), started)
     finally:
         folder.close()
@@ -136,11 +136,11 @@ def _check_paths(out: Path, inputs: Sequence[str]) -> None:
 
 def _finished(folder: TrainingFolder, plan: Prepared, options: TrainOptions) -> dict[str, Any] | None:
     """What a resume finds where nothing is left to do."""
-    if not options.resume or not folder.is_finished():
+    record = folder.record() if options.resume else None
+    if record is None:
         return None
-    record = folder.record() or {}
-    check_same(record["fingerprint"], plan.fingerprint)
-    return dict(record["result"])
+    check_same(record["fingerprint"], plan.fingerprint)  # before the target is loaded
+    return dict(record["result"]) if folder.is_finished() else None
 
 
 def _result(out: Path, found: dict[str, Any], started: float, *, was_complete: bool = False) -> TrainResult:
