@@ -233,9 +233,7 @@ def kill_one_at_random(
     resumes(program, case, out, chance.randint(1, 4), expected)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_at_random_times(
-    seed: int, program: Program, case: Case, out: Path, expected: dict[str, str]
-) -> None:
-    kills = int(os.environ.get("RANK_KILLS", "4"))
+def test_killed_at_random_times(program: Program, case: Case, out: Path, expected: dict[str, str]) -> None:
+    """RANK_KILLS and RANK_SEED make it longer, and another."""
+    kills, seed = int(os.environ.get("RANK_KILLS", "4")), int(os.environ.get("RANK_SEED", "1"))
     kill_one_at_random(program, case, out, expected, kills=kills, seed=seed)
