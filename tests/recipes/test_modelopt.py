@@ -21,6 +21,7 @@ from m27quant.recipes.imports import library_root
 from m27quant.recipes.resolve import Rule, fates
 from m27quant.recipes.schema import Entry
 from m27quant.recipes.strict_yaml import Place
+from tests.oracles import modelopt_sweep
 from tests.recipes.common import EXPERTS, KV, parsed, recipe_text
 
 # modelopt says that it was not tested with this transformers; torch and it deprecate things of each other.
@@ -165,6 +166,8 @@ def kind(quantizer: Any) -> str:
     blocks = dict(quantizer.block_sizes or {})
     if quantizer.num_bits == (2, 1) and blocks == {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}:
         return "other" if quantizer._dynamic else "nvfp4"
+    if quantizer.num_bits == (2, 1) and blocks == {-1: 16, "type": "static", "scale_bits": (4, 3)}:
+        return "other" if quantizer._dynamic else "nvfp4_static"
     if quantizer.num_bits == (4, 3) and not blocks and quantizer.axis is None:
         return "fp8_cast" if quantizer._use_constant_amax else "fp8"
     return "other"
@@ -223,8 +226,13 @@ def test_every_experts_only_recipe_is_judged() -> None:
 
 
 @pytest.mark.parametrize("name", [*BUILTIN, *(f"general/ptq/{name}" for name in SUPPORTED)])
-def test_modelopt_quantizes_with_our_file_what_we_say(name: str, mtq: Any) -> None:
+def test_modelopt_quantizes_with_our_file_what_we_say(
+    name: str, mtq: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A whole `mtq.quantize` with the file's own section: quantizers on, formats, KV cache, coverage."""
+    from modelopt.torch.quantization.nn.modules import tensor_quantizer
+
+    monkeypatch.setattr(tensor_quantizer, "static_blockwise_fp4_fake_quant", modelopt_sweep.fake_quantize)
     recipe = load_recipe(name)
     resolved = recipe.resolve(LINEARS)
     section = recipe.modelopt()["quantize"]
@@ -238,7 +246,9 @@ def test_modelopt_quantizes_with_our_file_what_we_say(name: str, mtq: Any) -> No
     cache = {n for n in found if n.endswith(("k_bmm_quantizer", "v_bmm_quantizer"))}
     assert len(cache) == 2 * LAYERS
     assert on == expected | (cache if resolved.kv_cache else set())
-    assert {kind(found[n]) for n in expected} == {"nvfp4"}
+    weights = {kind(found[n]) for n in expected if n.endswith("weight_quantizer")}
+    assert weights == {"nvfp4" if resolved.algorithm == "max" else "nvfp4_static"}
+    assert {kind(found[n]) for n in expected if n.endswith("input_quantizer")} == {"nvfp4"}
     assert {kind(found[n]) for n in on - expected} == ({resolved.kv_cache} if resolved.kv_cache else set())
     if name in BUILTIN:  # moe_calib_experts_ratio 1.0: every expert saw every token
         for layer in range(LAYERS):
