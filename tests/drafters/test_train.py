@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import m27quant
-from m27quant.drafters import learn
+from m27quant.drafters import eagle3, learn
 from m27quant.errors import CheckpointError, Interrupted, OutputError, TrainingError, UsageError
 from tests.drafters.conftest import SMALL
 from tests.tolerance import TRAINING_RTOL
@@ -184,6 +184,42 @@ def test_nothing_to_learn(train: Train, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="nothing to learn"):
         train(data=path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_shorter_than_a_block(kind: str, train: Train, tmp_path: Path, rows: Path) -> None:
+    """They are learned from as far as they go; nothing of them can be walked."""
+    path = tmp_path / "short.jsonl"
+    path.write_text(
+        '{"prompt_token_ids": [1, 2], "token_ids": [3, 4]}\n{"prompt_token_ids": [1], "token_ids": [2]}\n'
+    )
+    found = train(kind, data=rows, heldout=str(path), steps=1).heldout
+    assert found is not None
+    assert (found["blocks"], found["tau"]) == (0, 1.0)
+    with pytest.raises(UsageError, match="one sample cannot be both"):
+        train(kind, "one", data=path, heldout="0.5")
+
+
+def test_a_batch_without_a_token_of_the_vocabulary_changes_nothing(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eagle3, "_teacher", unknown_at_first(eagle3._teacher))
+    said: list[str] = []
+    result = train("eagle3", say=said.append, steps=6)
+    assert "notice: step 1: no token of the batch can be drafted; nothing was learned" in said
+    assert steps_of(tmp_path / "out", "step") == [(n,) for n in range(2, 7)]
+    assert result.loss > 0
+
+
+def unknown_at_first(teacher: Callable[..., Any]) -> Callable[..., Any]:
+    """The target's first choices in the first batch are tokens that the draft vocabulary lacks."""
+    calls = iter(range(1000))
+
+    def spoilt(*arguments: Any) -> Any:
+        logits, known = teacher(*arguments)
+        return logits, known & (next(calls) > 0)
+
+    return spoilt
 
 
 def test_a_target_that_cannot_be_loaded_leaves_no_folder(train: Train, tmp_path: Path) -> None:

@@ -99,9 +99,9 @@ class DFlashTraining:
         (B, T), K = batch.ids_BT.shape, self.shape.block_size
         result = torch.full((B, T), -1, dtype=torch.int64)
         learned = batch.learned_BT().any(0).nonzero()[:, 0]
-        if not len(learned) or T < K:
+        first = max(1, int(learned.min())) if len(learned) else T
+        if first + K > T:
             return result
-        first = max(1, int(learned.min()))
         slots = torch.arange(1, K, device=batch.ids_BT.device)
         for part in torch.split(torch.arange(first, T - K + 1, device=slots.device), ANCHORS_AT_ONCE):
             anchors = part.expand(B, -1)
@@ -152,10 +152,10 @@ class Eagle3Training:
         (B, T), steps = batch.ids_BT.shape, DEFAULT_STEPS
         result = torch.full((B, T), -1, dtype=torch.int64)
         learned = batch.learned_BT().any(0).nonzero()[:, 0]
-        if not len(learned) or steps + 2 > T:
-            return result
-        first = max(0, int(learned.min()) - 1)
+        first = max(0, int(learned.min()) - 1) if len(learned) else T
         last = T - 1 - steps  # slots before it predict text at every step
+        if first >= last:
+            return result
         whole = torch.ones(B, last - first, dtype=torch.bool, device=batch.ids_BT.device)
         count = torch.zeros_like(whole, dtype=torch.int64)
         for j, hidden in enumerate(chain_hidden(params, self.spec, batch, self.shared, first, steps)):

@@ -36,6 +36,8 @@ class StepReport:
     """Before clipping."""
     lr: float
     tokens: int
+    is_empty: bool
+    """No token of the batch can be drafted: nothing was learned."""
     stop: int
     """The signal by which some rank was asked to stop; 0: none was."""
 
@@ -87,7 +89,7 @@ class Learner:
         return batch_of(samples, states, dtype=self.dtype, device=self.device)
 
     def step(self, step: int, *, stop: int = 0) -> StepReport:
-        """Learn from batch `step`; where loss or gradient is not finite, nothing is changed."""
+        """Learn from batch `step`; where loss or gradient is not finite, or nothing counts, nothing is changed."""
         recipe, plan = self.plan.recipe, self.plan
         drawn = plan.order.batch(step)
         grads, sums = self._gradients(drawn, step)
@@ -99,12 +101,11 @@ class Learner:
             add_up([on_device], self.ranks)
             sums = on_device.cpu()
         weight, total, *places, signals, stopped = sums.tolist()
-        norm_before = global_norm(grads) / weight
-        grad_norm = norm_before.item()
+        grad_norm = (global_norm(grads) / (weight or 1.0)).item()
         scale = lr_scale(step, plan.steps, recipe.warmup, recipe.schedule)
         stopping = round(signals / stopped) if stopped else 0
         report = _report(weight, total, places, grad_norm, recipe.lr * scale, tokens, stopping)
-        if report.is_finite:
+        if report.is_finite and weight:
             torch._foreach_mul_(list(grads.values()), min(1.0, recipe.clip / (grad_norm + 1e-6)) / weight)
             self.optimizer.step(grads, scale)
         return report
@@ -146,5 +147,7 @@ def _report(
     def mean(sums: list[float]) -> tuple[float, ...]:
         return tuple(s / n if n else 0.0 for s, n in zip(sums, counts, strict=True))
 
-    loss = total / weight if weight else math.nan
-    return StepReport(loss, mean(losses), mean(hits), mean(chains), grad_norm, lr, tokens, stop)
+    loss = total / (weight or 1.0)
+    return StepReport(
+        loss, mean(losses), mean(hits), mean(chains), grad_norm, lr, tokens, is_empty=not weight, stop=stop
+    )

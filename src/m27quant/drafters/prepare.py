@@ -86,13 +86,6 @@ def prepare(
     recipe = resolve(kind, options, config)
     read = _Reader(location.folder, config.vocab_size, recipe.max_length)
     samples = [sample for path in data for sample in read(path)]
-    heldout: list[Sample] = []
-    if options.heldout is not None:
-        share = _share(options.heldout)
-        if share is None:
-            heldout = read(options.heldout)
-        else:
-            samples, heldout = split(samples, share, recipe.seed)
     usable = [sample for sample in samples if _can_be_learned(sample)]
     if len(usable) < len(samples):
         say(f"{len(samples) - len(usable):,} of {len(samples):,} samples hold nothing to learn")
@@ -101,9 +94,7 @@ def prepare(
             "the data holds nothing to learn: no token that the target wrote",
             hint="make data with `m27quant drafter generate-data`",
         )
-    heldout = [sample for sample in heldout if _can_be_learned(sample)]
-    if options.heldout is not None and not heldout:
-        raise UsageError("nothing is held out: no sample with a token that the target wrote")
+    usable, heldout = _held_out(usable, options.heldout, read, recipe.seed)
     size = recipe.batch_size * recipe.grad_accumulation * num_ranks
     order = Order([len(sample) for sample in usable], size, recipe.seed)
     steps = recipe.steps or max(1, ceil((recipe.epochs or 0) * order.steps_per_epoch))
@@ -123,6 +114,22 @@ def prepare(
         samples=usable, heldout=heldout, order=order, steps=steps, fingerprint=fingerprint,
         manifests=_manifests(data),
     )  # fmt: skip
+
+
+def _held_out(
+    samples: list[Sample], wanted: str | None, read: Callable[[str], list[Sample]], seed: int
+) -> tuple[list[Sample], list[Sample]]:
+    """(what is learned, what is held out): a share of the samples, or other data."""
+    if wanted is None:
+        return samples, []
+    if (share := _share(wanted)) is not None:
+        if len(samples) < 2:
+            raise UsageError("one sample cannot be both learned and held out", hint="leave heldout out")
+        return split(samples, share, seed)
+    heldout = [sample for sample in read(wanted) if _can_be_learned(sample)]
+    if not heldout:
+        raise UsageError("nothing is held out: no sample with a token that the target wrote")
+    return samples, heldout
 
 
 class _Reader:
@@ -158,9 +165,9 @@ def _share(text: str) -> float | None:
 
 
 def split(samples: Sequence[Sample], share: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """(the rest, `share` of the samples drawn at random, at least one)."""
+    """(the rest, `share` of the samples drawn at random), at least one each."""
     generator = torch.Generator().manual_seed(mixed(seed, "heldout"))
-    count = max(1, round(share * len(samples)))
+    count = min(max(1, round(share * len(samples))), len(samples) - 1)
     chosen = set(torch.randperm(len(samples), generator=generator)[:count].tolist())
     rest = [sample for index, sample in enumerate(samples) if index not in chosen]
     return rest, [samples[index] for index in sorted(chosen)]

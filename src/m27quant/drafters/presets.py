@@ -241,7 +241,9 @@ def _taps(kind: Kind, taps: tuple[int, ...] | None, layers: int) -> tuple[int, .
         taps = tuple(sorted(tap for tap in spread if 1 <= tap < layers))
     shown = ", ".join(map(str, taps))
     if not taps or len(taps) > MAX_TAPS or list(taps) != sorted(set(taps)):
-        raise UsageError(f"taps {shown} are not ascending", hint="choose other taps: engines read them in ascending order")
+        raise UsageError(
+            f"taps {shown} are not ascending", hint="choose other taps: engines read them in ascending order"
+        )
     if not all(1 <= tap < layers for tap in taps):
         raise UsageError(
             f"taps {shown}: a target of {layers} layers has hidden states 1 to {layers - 1} to tap",

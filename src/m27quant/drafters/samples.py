@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 MAX_LINE_BYTES = 64 * 2**20
 FORMS = "prompt_token_ids and token_ids, messages, conversations, or text"
+NO_TOKENIZER = "text needs a tokenizer, and the target has no tokenizer.json"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
          "tool": "tool"}  # fmt: skip
 """ShareGPT's names of roles, and OpenAI's."""
@@ -83,6 +84,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or of another version.
     """
+    if not (folder / MANIFEST).exists():
+        raise CheckpointError(
+            f"{escape(folder)}: no {MANIFEST} in it, so no data folder",
+            hint="name a folder of `m27quant drafter generate-data`, or a JSONL file",
+        )
     manifest = read_object(folder / MANIFEST)
     where = escape(folder / MANIFEST)
     if manifest.get("schema_version") != SCHEMA_VERSION:
@@ -204,7 +210,7 @@ class SampleReader:
         )
 
     def _chat(self, id: str, messages: list[dict[str, Any]], tools: Any, where: str) -> Sample:
-        text = located(where, lambda: self._need(where).render(messages, tools))
+        text = located(where, lambda: self._need().render(messages, tools))
         ids: array[int] = array("i")
         learned = []
         at = 0
@@ -219,12 +225,12 @@ class SampleReader:
         return Sample(id, ids, tuple(learned))
 
     def _encode(self, text: str, where: str) -> list[int]:
-        ids = located(where, lambda: self._need(where).rendered(text))
+        ids = located(where, lambda: self._need().rendered(text))
         return token_ids(ids, self._vocab_size, where)
 
-    def _need(self, where: str) -> Tokenizer:
+    def _need(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise UsageError(f"{where}: text needs the target's tokenizer", hint="name the target")
+            raise UsageError(NO_TOKENIZER, hint="write prompt_token_ids and token_ids")
         return self._tokenizer
 
 

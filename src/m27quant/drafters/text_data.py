@@ -20,6 +20,7 @@ from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.strict_json import read_bytes
 from m27quant.checkpoint.tokenizer import Tokenizer
 from m27quant.drafters.samples import (
+    NO_TOKENIZER,
     Sample,
     SampleReader,
     json_lines,
@@ -179,16 +180,16 @@ class RowSource:
             messages = [{"role": "system", "content": self._cut.system_prompt}, *messages]
         prompt: ChatPrompt = located(
             where,
-            lambda: chat_prompt(self._need(where), messages, tools=tools, thinking=self._cut.thinking),
+            lambda: chat_prompt(self._need(), messages, tools=tools, thinking=self._cut.thinking),
         )
         return token_ids(prompt.token_ids, self._vocab_size, where)
 
     def _encode(self, text: str, where: str) -> list[int]:
-        return token_ids(located(where, lambda: self._need(where).rendered(text)), self._vocab_size, where)
+        return token_ids(located(where, lambda: self._need().rendered(text)), self._vocab_size, where)
 
-    def _need(self, where: str) -> Tokenizer:
+    def _need(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise UsageError(f"{where}: the target has no tokenizer.json", hint="write prompt_token_ids")
+            raise UsageError(NO_TOKENIZER, hint="write prompt_token_ids")
         return self._tokenizer
 
 
@@ -266,9 +267,7 @@ def open_source(
     name = path.name if path is not None else named.path
     if path is not None and path.suffix in TEXT_SUFFIXES:
         if tokenizer is None:
-            raise UsageError(
-                "the target has no tokenizer.json, so text cannot become tokens", hint="write token ids"
-            )
+            raise UsageError(NO_TOKENIZER, hint="write token ids")
         ids, beginnings = read_text(path, tokenizer)
         return TextSource(name, ids, beginnings, cut)
     rows: Iterator[tuple[str, dict[str, Any]]]

@@ -196,7 +196,6 @@ class _Run:
         self.seconds = 0.0
         self.step = 0
         self.heldout: dict[str, Any] | None = None
-        self.recent: list[StepReport] = []
 
     # -- the road -------------------------------------------------------------------------------
 
@@ -279,10 +278,13 @@ class _Run:
 
     def _tell(self, report: StepReport, took: float) -> None:
         speed = report.tokens / took
+        if report.is_empty:
+            self.log.write("empty", self.step)
+            self.say(f"notice: step {self.step}: no token of the batch can be drafted; nothing was learned")
+            return
         self.log.write(
             "step", self.step, **report.to_json(), seconds=round(took, 4), tokens_per_s=round(speed, 1)
         )
-        self.recent = [*self.recent[-LAST + 1 :], report]
         self.progress(
             Progress(
                 stage=f"step {self.step}/{self.plan.steps}", fraction=self.step / self.plan.steps, tokens_per_s=speed,
