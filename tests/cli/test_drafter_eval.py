@@ -52,6 +52,22 @@ def test_the_table(repository: Path, capsys: Capture) -> None:
     assert "24 tokens behind 2 prompts" in done.out
 
 
+def test_slips_are_heard_of_before_a_target_is_loaded(
+    repository: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m27quant.drafters.evaluate.load", lambda *args, **options: pytest.fail("loaded"))
+    (tmp_path / "empty").mkdir()
+    tiny, empty = str(repository / "examples/tiny-m27"), str(tmp_path / "empty")
+    for drafter, dataset, said in (
+        (tiny, "README.md", "neither DFlash nor EAGLE3"),
+        ("ngram", "missing.jsonl", "no such file"),
+        ("ngram", empty, "no data folder"),
+        ("missing", "README.md", "no such folder"),
+    ):
+        assert main(["drafter", "eval", drafter, "--target", tiny, "--dataset", dataset]) in (2, 3)
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -199,6 +199,7 @@ def test_a_prompt_without_an_answer_is_left_out(random_target: Path, tmp_path: P
         ("[]", "must be an object"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "no turn to answer"),
         ('{"prompt_token_ids": [1]', "not valid JSON"),
+        ('{"prompt_token_ids": [1]}\n{"prompt_token_ids": "x"}', "line 2: `prompt_token_ids` is no list"),
     ],
 )
 def test_bad_rows_are_named(random_target: Path, tmp_path: Path, text: str, said: str) -> None:
@@ -208,6 +209,7 @@ def test_bad_rows_are_named(random_target: Path, tmp_path: Path, text: str, said
     assert said in fault.value.message
     assert fault.value.exit_code in (2, 3)
     assert fault.value.hint
+    assert not (tmp_path / "out").exists()
 
 
 # -- prompts of text and chats ----------------------------------------------------------------------

@@ -12,7 +12,8 @@ import torch
 import m27quant
 from m27quant import SamplingParams
 from m27quant.drafters.metrics import AcceptanceStats, total
-from m27quant.drafters.walk import Text, agreeing, repeated_share, walk
+from m27quant.drafters.walk import Text, repeated_share, walk
+from m27quant.runtime.speculative.lengths import agreeing
 from m27quant.runtime.speculative.proposal import DraftRequest, Proposal, chain
 
 

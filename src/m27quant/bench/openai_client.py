@@ -68,6 +68,12 @@ class Client:
             )
 
     @property
+    def api(self) -> str:
+        """Where /models and /chat/completions are: below /v1, where the address names no folder."""
+        base = self.base_url.rstrip("/")
+        return base if urlsplit(base).path else f"{base}/v1"
+
+    @property
     def root(self) -> str:
         """Where /metrics and the like are."""
         return self.base_url.rstrip("/").removesuffix("/v1")
@@ -82,7 +88,7 @@ class Client:
 
     def models(self) -> list[str]:
         """What GET /models names; raises `EnvironmentFault`."""
-        url = f"{self.base_url.rstrip('/')}/models"
+        url = f"{self.api}/models"
         data = _object(self._get(url)).get("data")
         names = [m.get("id") for m in data if isinstance(m, Mapping)] if isinstance(data, list) else []
         return [name for name in names if isinstance(name, str)]
@@ -122,7 +128,7 @@ class Client:
             watch: called with every event; may raise `Stopped`, which is let through.
         """
         body = json.dumps(chat_body(request, model, options)).encode()
-        url = f"{self.base_url.rstrip('/')}/chat/completions"
+        url = f"{self.api}/chat/completions"
         stream = _Stream(time.perf_counter())
         try:
             with self._open(url, body, timeout_s=self.timeout_s) as response:

@@ -77,12 +77,16 @@ def bench_checkpoint(
     options = options or BenchOptions()
     if drafter is None and (options.settings or drafter_options not in (None, DrafterOptions())):
         raise UsageError("settings of a drafter, but no drafter", hint="name one with --drafter")
-    tasks = _tasks(options, offline, token)
-    location = locate(str(checkpoint), revision=revision, offline=offline, token=token)
+    hub: dict[str, Any] = {"offline": offline, "token": token}
+    locate(
+        str(checkpoint), revision=revision, weights=False, **hub
+    )  # a slip is heard of before anything is fetched
     folder = None
     if drafter is not None and str(drafter) != NGRAM:
-        folder = locate(str(drafter), offline=offline, token=token).folder
+        folder = locate(str(drafter), **hub).folder
     check_settings(folder, options.settings)
+    tasks = _tasks(options, offline, token)
+    location = locate(str(checkpoint), revision=revision, **hub)
     variants: list[Drafter] = []
 
     def largest(model: Any) -> Drafter:

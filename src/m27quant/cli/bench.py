@@ -18,7 +18,7 @@ from m27quant.cli.files import forget, write_file
 from m27quant.cli.output import Mode, Output
 from m27quant.cli.progress import show
 from m27quant.cli.stopping import graceful
-from m27quant.errors import FindingsError, Interrupted, UsageError, escape
+from m27quant.errors import FindingsError, Interrupted, UsageError
 from m27quant.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
@@ -176,10 +176,7 @@ def _refuse_mixed(base_url: str | None, local: dict[str, Any], server: dict[str,
 def _drafting(tap_offset: str | None, rope_theta: float | None) -> Any:
     from m27quant.runtime.speculative.load import DrafterOptions
 
-    if tap_offset not in (None, "auto", "0", "1"):
-        raise UsageError(f"--drafter-tap-offset is auto, 0 or 1, not {escape(tap_offset)}")
-    offset: Any = int(tap_offset) if tap_offset in ("0", "1") else tap_offset
-    return DrafterOptions(tap_offset=offset, rope_theta=rope_theta)
+    return DrafterOptions(tap_offset=opt.tap_offset(tap_offset), rope_theta=rope_theta)
 
 
 def _measured(output: Output, measure: Measure, *, enabled: bool) -> tuple[BenchResult, Interrupted | None]:

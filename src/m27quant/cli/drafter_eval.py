@@ -160,16 +160,15 @@ def eval_(
     # Read when torch's thread pool is loaded: threads that spin at barriers make a shared machine crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from m27quant.cli.run import loading
-    from m27quant.cli.serve_builtin import tap_offset
     from m27quant.drafters.evaluate import evaluate_drafter
     from m27quant.drafters.evaluation import EvalOptions
     from m27quant.runtime.options import RunOptions
 
-    offset: Any = tap_offset(drafter_tap_offset)
     options = EvalOptions(
         num_prompts=num_prompts, prompt_tokens=prompt_tokens, max_tokens=max_tokens, stride=stride,
         temperature=temperature, ignore_eos=ignore_eos, seed=seed,
-        num_draft_tokens=_counts(num_draft_tokens), num_steps=num_steps, eagle_topk=eagle_topk, tap_offset=offset,
+        num_draft_tokens=_counts(num_draft_tokens), num_steps=num_steps, eagle_topk=eagle_topk,
+        tap_offset=opt.tap_offset(drafter_tap_offset),
         rope_theta=drafter_rope_theta,
     )  # fmt: skip
     settings = RunOptions(

@@ -131,7 +131,8 @@ def _document(result: TrainResult) -> dict[str, Any]:
     return {
         "out": str(result.out), "kind": result.kind, "steps": result.steps, "loss": result.loss,
         "accuracy": list(result.accuracy), "heldout": result.heldout, "parameters": result.parameters,
-        "tensor_bytes": result.tensor_bytes, "elapsed_s": round(result.elapsed_s, 3), "was_complete": result.was_complete,
+        "tensor_bytes": result.tensor_bytes, "elapsed_s": round(result.elapsed_s, 3),
+        "was_complete": result.was_complete,
     }  # fmt: skip
 
 

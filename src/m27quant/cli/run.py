@@ -13,7 +13,7 @@ from m27quant.cli import run_options as opt
 from m27quant.cli.output import Mode, Output
 from m27quant.cli.progress import show
 from m27quant.cli.run_input import read_conversation
-from m27quant.errors import UsageError, escape
+from m27quant.errors import UsageError
 from m27quant.progress import Progress, ProgressCallback
 
 if TYPE_CHECKING:
@@ -188,10 +188,7 @@ def _drafting(
 ) -> DrafterOptions | None:
     from m27quant.runtime.speculative.load import DrafterOptions
 
-    if tap_offset not in (None, "auto", "0", "1"):
-        raise UsageError(f"--drafter-tap-offset is auto, 0 or 1, not {escape(tap_offset)}")
-    offset: Any = int(tap_offset) if tap_offset in ("0", "1") else tap_offset
-    given = DrafterOptions(num_draft_tokens, num_steps, eagle_topk, offset, rope_theta)
+    given = DrafterOptions(num_draft_tokens, num_steps, eagle_topk, opt.tap_offset(tap_offset), rope_theta)
     if drafter is not None:
         return given
     if given != DrafterOptions():

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from m27quant.errors import UsageError, escape
+
+if TYPE_CHECKING:
+    from m27quant.runtime.speculative.taps import TapOffset as TapOffsetValue
 
 PROMPT, SAMPLING, DRAFTING, RUNTIME = "Prompt", "Sampling", "Drafting", "Runtime"
 
@@ -169,6 +174,21 @@ TapOffset = Annotated[
         rich_help_panel=DRAFTING,
     ),
 ]
+
+
+def tap_offset(text: str | None) -> TapOffsetValue | None:
+    """Of --drafter-tap-offset.
+
+    Raises:
+        UsageError: anything but auto, 0 and 1.
+    """
+    values: dict[str | None, Any] = {None: None, "auto": "auto", "0": 0, "1": 1}
+    if text not in values:
+        raise UsageError(f"--drafter-tap-offset is auto, 0 or 1, not {escape(text)}")
+    found: TapOffsetValue | None = values[text]
+    return found
+
+
 RopeTheta = Annotated[
     float | None,
     typer.Option("--drafter-rope-theta", help="In place of the drafter's own.", rich_help_panel=DRAFTING),

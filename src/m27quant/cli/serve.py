@@ -105,10 +105,10 @@ def serve(
             gpu=gpu, tp=tp, ep=ep, gpu_memory_utilization=gpu_memory_utilization, node_rank=node_rank or None,
             master_addr=master_addr, compose=compose, image=image, overwrite=overwrite or None,
         )  # fmt: skip
-        from m27quant.cli.serve_builtin import Asked, serve_builtin, tap_offset
+        from m27quant.cli.serve_builtin import Asked, serve_builtin
 
         if "tap_offset" in own_drafting:
-            own_drafting["tap_offset"] = tap_offset(drafter_tap_offset)
+            own_drafting["tap_offset"] = opt.tap_offset(drafter_tap_offset)
         run = builtin_run | given(max_model_len=max_model_len, max_num_seqs=max_num_seqs)
         server = network | given(served_model_name=served_model_name, api_key=key) | builtin_server
         asked = Asked(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from m27quant.cli.output import Output
-from m27quant.errors import UsageError, escape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,14 +119,3 @@ def _check(output: Output, asked: Asked) -> None:
         return
     result = verify_checkpoint(location, level="quick" if asked.quick else "default")
     refuse_errors(result, "not fit to be served")
-
-
-def tap_offset(text: str | None) -> int | str | None:
-    """Of --drafter-tap-offset.
-
-    Raises:
-        UsageError: anything but auto, 0 and 1.
-    """
-    if text not in (None, "auto", "0", "1"):
-        raise UsageError(f"--drafter-tap-offset is auto, 0 or 1, not {escape(text)}")
-    return int(text) if text in ("0", "1") else text

@@ -63,13 +63,11 @@ class DataFolder:
             CheckpointError: what is there is damaged.
             EnvironmentFault: not writable.
         """
-        if resume and overwrite:
-            raise UsageError("--resume and --overwrite exclude each other", hint="choose one of them")
         self.out, self._size, self._num_samples = out, shard_size, num_samples
         self._private = out / PRIVATE
         head: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "kind": KIND}
         self._head = head | json.loads(json.dumps(dict(description)))
-        self._refuse_others()
+        check_free(out, resume=resume, overwrite=overwrite)
         try:
             self._private.mkdir(parents=True, exist_ok=True)
             self._lock = OutputLock(self._private)
@@ -82,30 +80,9 @@ class DataFolder:
             self._give_back(forget=True)
             raise
 
-    def _refuse_others(self) -> None:
-        """Leave a folder alone that holds anything but what a run of ours puts there."""
-        if self.out.exists() and not self.out.is_dir():
-            raise OutputError(f"{escape(self.out)}: exists and is not a folder", hint="choose another OUT")
-        try:
-            found = sorted(path.name for path in self.out.iterdir()) if self.out.exists() else []
-        except OSError as fault:
-            raise_for_os_error(fault, self.out)
-        strange = [name for name in found if not _is_ours(name)]
-        if strange:
-            raise OutputError(
-                f"{escape(self.out)}: holds other files ({escape(strange[0])})",
-                hint="choose a new or empty folder",
-            )
-
     def _begin(self, *, resume: bool, overwrite: bool) -> None:
+        check_free(self.out, resume=resume, overwrite=overwrite)  # another run may have come and gone
         there = (self.out / MANIFEST).exists()
-        if there and not (resume or overwrite):
-            finished = read_manifest(self.out).get("finished") is True
-            kind = "finished" if finished else "unfinished"
-            raise UsageError(
-                f"{escape(self.out)}: {kind} data are there already",
-                hint="pass --resume to go on, or --overwrite to start again",
-            )
         if overwrite:
             self._clear()
         sweep_temporaries(self.out)
@@ -233,6 +210,35 @@ class DataFolder:
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_free(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Whether a run may write to `out`, as far as can be told without changing anything.
+
+    Raises:
+        OutputError: it holds what no run of ours puts there.
+        UsageError: data are there without the flag that says what to do.
+        EnvironmentFault: not readable.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other", hint="choose one of them")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{escape(out)}: exists and is not a folder", hint="choose another OUT")
+    try:
+        found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    except OSError as fault:
+        raise_for_os_error(fault, out)
+    strange = [name for name in found if not _is_ours(name)]
+    if strange:
+        raise OutputError(
+            f"{escape(out)}: holds other files ({escape(strange[0])})", hint="choose a new or empty folder"
+        )
+    if MANIFEST in found and not (resume or overwrite):
+        kind = "finished" if read_manifest(out).get("finished") is True else "unfinished"
+        raise UsageError(
+            f"{escape(out)}: {kind} data are there already",
+            hint="pass --resume to go on, or --overwrite to start again",
+        )
 
 
 def _is_ours(name: str) -> bool:

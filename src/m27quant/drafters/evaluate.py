@@ -12,14 +12,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from m27quant.calib.data import parse_dataset
 from m27quant.checkpoint.hub import locate
+from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.quantized import QuantizedSource, open_checkpoint
 from m27quant.drafters.compare import paired_difference
 from m27quant.drafters.evaluation import EvalOptions, EvalResult, EvalRow, TargetMode
 from m27quant.drafters.heldout import heldout_samples
 from m27quant.drafters.metrics import AcceptanceStats, total
 from m27quant.drafters.proxy import Proxy, Trained, pooled, teacher_forced
-from m27quant.drafters.samples import Sample, sample_of
+from m27quant.drafters.samples import Sample, read_manifest, sample_of
 from m27quant.drafters.states import TargetStates
 from m27quant.drafters.walk import Text, repeated_share, walk
 from m27quant.errors import UsageError, escape
@@ -30,7 +32,7 @@ from m27quant.runtime.generation import SamplingParams, derived_seed
 from m27quant.runtime.options import RunOptions
 from m27quant.runtime.speculative.choose import NGRAM, make_named
 from m27quant.runtime.speculative.eagle3 import Eagle3Drafter
-from m27quant.runtime.speculative.load import DrafterOptions
+from m27quant.runtime.speculative.load import DrafterOptions, read_drafter
 from m27quant.runtime.speculative.ngram import NgramDrafter
 from m27quant.runtime.speculative.proposal import Drafter
 from m27quant.runtime.speculative.tree import num_candidates
@@ -90,22 +92,21 @@ def evaluate_drafter(
         raise UsageError("nothing to measure", hint="name a drafter and a target")
     options, run_options = options or EvalOptions(), run_options or RunOptions()
     reach: dict[str, Any] = {"offline": offline, "token": token}
+    located: dict[str, Any] = {"revision": revision, **reach}
+    _check_named(names, folders, str(dataset), options, located)
     plan = [
         (target, is_quantized, mode)
         for target in folders
-        for is_quantized, mode in _modes(
-            target, activations, kv_cache_dtypes, {"revision": revision, **reach}
-        )
+        for is_quantized, mode in _modes(target, activations, kv_cache_dtypes, located)
     ]
     rows: list[EvalRow] = []
     num_prompts, num_tokens, invariant = 0, 0, True
     for done, (target, is_quantized, mode) in enumerate(plan):
         progress(Progress(stage=f"target {done + 1}/{len(plan)}", fraction=done / len(plan)))
         llm = load(
-            target, replace(run_options, **mode), check=check, alone=True, revision=revision, say=say,
-            progress=loading, **reach,
+            target, replace(run_options, **mode), check=check, alone=True, say=say, progress=loading, **located,
         )  # fmt: skip
-        folder = locate(target, revision=revision, **reach).folder
+        folder = locate(target, **located).folder
         measured = _Measured(llm, target, folder, is_quantized, str(dataset), options, reach, say, stop)
         for index, name in enumerate(names):
             stop()
@@ -126,6 +127,25 @@ def evaluate_drafter(
         rows=tuple(_with_differences(rows)), dataset=str(dataset), num_prompts=num_prompts, num_tokens=num_tokens,
         options=options, invariant=invariant, command=command,
     )  # fmt: skip
+
+
+def _check_named(
+    names: Sequence[str], targets: Sequence[str], dataset: str, options: EvalOptions, located: dict[str, Any]
+) -> None:
+    """A slip is heard of before a target is loaded."""
+    reach = {key: value for key, value in located.items() if key != "revision"}
+    for target in targets:
+        with open_checkpoint(locate(target, **located)) as source:
+            config = source.config
+        for name in names:
+            if name != NGRAM:
+                given = DrafterOptions(tap_offset=options.tap_offset, rope_theta=options.rope_theta)
+                read_drafter(locate(name, **reach).folder, config, given)
+    folder = existing(dataset)
+    if folder is not None and folder.is_dir():
+        read_manifest(folder)
+    else:
+        parse_dataset(dataset)
 
 
 def _many(names: str | Path | Sequence[str | Path]) -> list[str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import m27quant
-from m27quant.drafters.data_folder import DataFolder
+from m27quant.calib.data import parse_dataset
+from m27quant.drafters.data_folder import DataFolder, check_free
 from m27quant.drafters.states import fingerprint_of
 from m27quant.drafters.text_data import Cut, Prompts, open_source
 from m27quant.errors import UsageError, escape
@@ -112,6 +113,9 @@ def generate_drafter_data(
     options, run_options = options or DataOptions(), run_options or RunOptions()
     if not datasets:
         raise UsageError("no data set to take prompts from", hint="name one with --dataset")
+    for name in datasets:
+        parse_dataset(str(name))  # a slip is heard of before the target is loaded
+    check_free(Path(out), resume=resume, overwrite=overwrite)
     reach: dict[str, Any] = {"revision": revision, "offline": offline, "token": token}
     llm = load(target, run_options, check=check, alone=True, say=say, progress=loading, **reach)
     sources = [
@@ -126,6 +130,7 @@ def generate_drafter_data(
     if len(prompts) < options.num_samples:
         say(f"the data sets hold {len(prompts)} prompts, {options.num_samples} were asked for; greedy answers "
             "to the same prompt are the same, so there are no more")  # fmt: skip
+    prompts.check(stop)
     description = {
         "command": command,
         "version": m27quant.__version__,

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -217,6 +217,19 @@ class Prompts:
     def __getitem__(self, index: int) -> list[int]:
         source, number = self.places[index]
         return self.sources[source].prompt(number, random.Random(derived_seed(self.seed, index)))
+
+    def check(self, stop: Callable[[], None] = lambda: None) -> None:
+        """Read every row that is a prompt, so that a bad one is not met with after hours.
+
+        Raises:
+            CheckpointError: one that is none; file and line are named.
+            UsageError: text without a tokenizer.
+        """
+        for source, number in dict.fromkeys(self.places):
+            limit = self.sources[source].limit
+            if limit is not None and number < limit:
+                stop()
+                self.sources[source].prompt(number, random.Random(0))
 
 
 def _numbers(limit: int | None) -> Iterator[int]:

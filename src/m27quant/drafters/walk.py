@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from m27quant.drafters.metrics import AcceptanceStats
-from m27quant.runtime.speculative.proposal import ROOT, Drafter, DraftRequest, Proposal
+from m27quant.runtime.speculative.lengths import agreeing
+from m27quant.runtime.speculative.proposal import Drafter, DraftRequest, Proposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +81,6 @@ def walk(drafter: Drafter, texts: Sequence[Text], taps: Sequence[Tensor | None])
     for number in numbers:
         drafter.forget(number)
     return [AcceptanceStats.of_steps(w.accepted, [w.num_drafted]) for w in walkers]
-
-
-def agreeing(proposal: Proposal, text: Sequence[int], end: int) -> int:
-    """Length of the proposal's path along the text behind its first `end` tokens."""
-    children = {(parent, token): node for node, (token, parent) in enumerate(zip(*proposal, strict=True))}
-    node, count = ROOT, 0
-    while end + count < len(text) and (child := children.get((node, text[end + count]))) is not None:
-        node, count = child, count + 1
-    return count
 
 
 def repeated_share(texts: Sequence[Text], n: int = 8) -> float:

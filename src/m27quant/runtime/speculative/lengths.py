@@ -55,7 +55,7 @@ def accepted_lengths(
         if not requests:
             break
         lengths += [
-            _agreeing(proposal, text, end)
+            agreeing(proposal, text, end)
             for proposal, (text, end) in zip(drafter.propose(requests), asked, strict=True)
         ]
     for number in numbers:
@@ -63,13 +63,12 @@ def accepted_lengths(
     return lengths
 
 
-def _agreeing(proposal: Proposal, text: Sequence[int], end: int) -> int:
-    """Length of the proposal's path along the text."""
+def agreeing(proposal: Proposal, text: Sequence[int], end: int) -> int:
+    """Length of the proposal's path along the text behind its first `end` tokens."""
     children = {(parent, token): node for node, (token, parent) in enumerate(zip(*proposal, strict=True))}
-    node, count = children.get((ROOT, text[end])), 0
-    while node is not None:
-        count += 1
-        node = children.get((node, text[end + count])) if end + count < len(text) else None
+    node, count = ROOT, 0
+    while end + count < len(text) and (child := children.get((node, text[end + count]))) is not None:
+        node, count = child, count + 1
     return count
 
 

@@ -111,18 +111,7 @@ def load_drafter(
         EnvironmentFault: files that cannot be read.
     """
     options = options or DrafterOptions()
-    if not folder.is_dir():
-        raise CheckpointError(f"{escape(folder)}: no such folder", hint="name the drafter's folder")
-    check_link_stays_inside(folder, folder / "config.json")
-    raw = read_object(folder / "config.json")
-    tensors = read_headers(folder)
-    faults = _Strict(TOLERATED | (DOUBTFUL_TAPS if options.tap_offset is not None else set()))
-    if "mask_hidden" in tensors:
-        faults.add("M27-R003", "drafter: P-EAGLE (it has a tensor 'mask_hidden') is not supported")
-    config = parse_drafter(raw, faults)
-    assert config is not None  # any fault that ends in None has been raised
-    _refuse_side_files(folder)
-    _check_target(config, target, tensors)
+    config, tensors, faults = read_drafter(folder, target, options)
     taps = read_taps(config, target.num_hidden_layers, faults)
     if taps is None:
         unclear = "drafter: no taps are stated, and the target is too small for the engines' defaults"
@@ -135,6 +124,25 @@ def load_drafter(
     drafter = make(weights, shared_weights(config, weights, target, embed_VD, head_VD), choice.hidden_states)
     notes = [choice.statement, *_notes(config, target, drafter, faults)]
     return LoadedDrafter(config.kind, drafter, taps, choice, tuple(notes))
+
+
+def read_drafter(
+    folder: Path, target: M2Config, options: DrafterOptions
+) -> tuple[DrafterConfig, dict[str, TensorInfo], _Strict]:
+    """Config and headers of a drafter that can be run and is for this target; errors as `load_drafter`."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{escape(folder)}: no such folder", hint="name the drafter's folder")
+    check_link_stays_inside(folder, folder / "config.json")
+    raw = read_object(folder / "config.json")
+    tensors = read_headers(folder)
+    faults = _Strict(TOLERATED | (DOUBTFUL_TAPS if options.tap_offset is not None else set()))
+    if "mask_hidden" in tensors:
+        faults.add("M27-R003", "drafter: P-EAGLE (it has a tensor 'mask_hidden') is not supported")
+    config = parse_drafter(raw, faults)
+    assert config is not None  # any fault that ends in None has been raised
+    _refuse_side_files(folder)
+    _check_target(config, target, tensors)
+    return config, tensors, faults
 
 
 def _refuse_side_files(folder: Path) -> None:
