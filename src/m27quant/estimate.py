@@ -12,12 +12,21 @@ from typing import Any
 import torch
 
 from m27quant.calib.layerwise import amax_tensor
+from m27quant.calib.moments import squares
 from m27quant.checkpoint import names
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.writer import open_shards, plan_shard
 from m27quant.distributed.ranks import Ranks
 from m27quant.kernels import fp8_dequant
-from m27quant.pack import PackStats, Stored, bf16_buffers, pack_expert, read_expert, write_expert
+from m27quant.pack import (
+    PackStats,
+    Stored,
+    bf16_buffers,
+    block_scales,
+    pack_expert,
+    read_expert,
+    write_expert,
+)
 from m27quant.plan import disk_needed
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.quantize import log
@@ -131,7 +140,8 @@ def estimate_seconds(prepared: Prepared, num_tokens: int) -> float:
     with torch.inference_mode():
         expert_s, stored = _time_expert(prepared)
         tokens = min(prepared.memory.chunk_tokens, prepared.sequences.num_tokens)
-        act_s = _time_activation(source, stored, tokens, device)
+        weighted = prepared.plan.resolved.algorithm == "awmse"
+        act_s = _time_activation(source, stored, tokens, device, weighted)
     flop = 2 * 2 * c.hidden_size * c.intermediate_size * tokens
     rate = flop / act_s
     dense = (
@@ -144,8 +154,13 @@ def estimate_seconds(prepared: Prepared, num_tokens: int) -> float:
 
 
 def _time_expert(prepared: Prepared) -> tuple[float, dict[str, Stored]]:
-    """Seconds to read, pack and write one expert; the second of two, as the first warms up."""
+    """Seconds to read (twice, where packing comes later), pack and write one expert; of two the second, warm one."""
     source = prepared.source
+    method = prepared.plan.resolved.algorithm
+    scales, channels = block_scales(method), {}
+    if weighted := method == "awmse":
+        shapes = names.expert_shapes(source.config)
+        channels = {p: torch.ones(columns) for p, (_, columns) in shapes.items()}
     seconds = 0.0
     buffers = bf16_buffers(source.config, prepared.device)
     last = source.config.num_local_experts - 1
@@ -159,10 +174,9 @@ def _time_expert(prepared: Prepared) -> tuple[float, dict[str, Stored]]:
             ]
             started = time.perf_counter()
             with open_shards(Path(folder), f"expert-{expert}", [plan_shard(specs)], []) as shards:
-                stored = read_expert(source, 0, expert, prepared.device)
-                packed, _ = pack_expert(
-                    source, 0, expert, stored, PackStats(), buffers, prepared.plan.resolved.algorithm
-                )
+                for _ in range(2 if weighted else 1):
+                    stored = read_expert(source, 0, expert, prepared.device)
+                packed, _ = pack_expert(source, 0, expert, stored, PackStats(), buffers, scales, channels)
                 write_expert(shards, packed)
                 for projection in names.EXPERT_PROJECTIONS:
                     shards.write(f"{names.expert(0, expert, projection)}.input_scale", torch.tensor(1.0))
@@ -170,8 +184,10 @@ def _time_expert(prepared: Prepared) -> tuple[float, dict[str, Stored]]:
     return seconds, stored
 
 
-def _time_activation(source: Source, stored: dict[str, Stored], tokens: int, device: torch.device) -> float:
-    """Seconds for one expert's w1 and w3 over `tokens` tokens and the amax of what comes out."""
+def _time_activation(
+    source: Source, stored: dict[str, Stored], tokens: int, device: torch.device, weighted: bool
+) -> float:
+    """Seconds for one expert's w1 and w3 over `tokens` tokens and the amax, and `squares`, of what comes out."""
     block = source.config.weight_block_size or fp8_dequant.BLOCK
     w1, w3 = (
         w if s is None else fp8_dequant.dequantize(w, s, block=block) for w, s in (stored["w1"], stored["w3"])
@@ -180,6 +196,9 @@ def _time_activation(source: Source, stored: dict[str, Stored], tokens: int, dev
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        float(amax_tensor(gated_activation(h, w1, w3)))
+        act = gated_activation(h, w1, w3)
+        if weighted:
+            squares(act)
+        float(amax_tensor(act))
         seconds = time.perf_counter() - started
     return max(seconds, 1e-9)

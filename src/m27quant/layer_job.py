@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from m27quant.calib.activations import ROW_DTYPE, Chunk, FileRows, MemoryRows, Rows, load_rows, save_rows
-from m27quant.calib.data import Sequences
 from m27quant.calib.layerwise import (
-    Dropped,
     LayerRanges,
     count_tokens,
     drop_non_finite,
@@ -23,52 +21,24 @@ from m27quant.calib.layerwise import (
     run_attention,
     run_experts,
 )
-from m27quant.calib.memory import PIECE_BYTES, MemoryPlan
+from m27quant.calib.memory import PIECE_BYTES
+from m27quant.calib.moments import ChannelWeights, Moments
 from m27quant.calib.routing import Routings
 from m27quant.checkpoint import names
 from m27quant.checkpoint.durable import fault_point, move_durably, sha256_of
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.writer import ShardSet, WrittenFile, open_shards
-from m27quant.distributed.ranks import Ranks
+from m27quant.job import Job
 from m27quant.layer_progress import Reporter as _Reporter
-from m27quant.pack import PackStats, merged_stats, stream_experts
-from m27quant.plan import Plan, Unit, norm_and_router_names
-from m27quant.progress import ProgressCallback
+from m27quant.pack import PackStats, block_scales, merged_stats, relative_errors, stream_experts
+from m27quant.plan import Unit, norm_and_router_names
 from m27quant.runtime.layer import AttentionWeights, RouterWeights
 from m27quant.runtime.loader import attention_weights, refuse_non_finite, router_weights
 from m27quant.scales import write_scales
-from m27quant.shared import shared_file, shared_shards
+from m27quant.shared import shared_file, shared_shards, shared_sum
 
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """Everything that the units of one run share."""
-
-    source: Source
-    plan: Plan
-    sequences: Sequences
-    chunks: list[Chunk]
-    """This rank's."""
-    memory: MemoryPlan
-    device: torch.device
-    work: Path
-    """The folder of what is durable but not yet part of a checkpoint."""
-    ranks: Ranks
-    dropped: Dropped
-    packs: bool
-    """False where only ranges are wanted."""
-    progress: ProgressCallback
-    stop: Callable[[], None]
-    """Raises where the run should end: `Interrupted`, or another rank's fault."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of this rank's chunks."""
-        return sum(map(len, self.chunks))
-
-    @property
-    def first_token(self) -> int:
-        return self.chunks[0].begin if self.chunks else 0
+CALIBRATING = 0.9
+"""Of a layer's time, where its experts are packed afterwards."""
 
 
 # -- embedding and head ----------------------------------------------------------------------------
@@ -126,7 +96,8 @@ def copy_tensor(source: Source, name: str, shards: ShardSet, stop: Callable[[], 
 def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, Any]:
     """Calibrate one decoder layer, and pack it; returns its journal entry, which counts on the first rank.
 
-    Each rank takes its own chunks through all experts, and packs its own experts.  Reads each source tensor once.
+    Each rank takes its own chunks through all experts, and packs its own experts.  Reads each source tensor once, or
+    experts a second time where their packing needs what the calibration has found.
     Memory: hidden states (or chunks of them), one group of experts.
     """
     assert unit.layer is not None
@@ -134,8 +105,9 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
     written: list[WrittenFile] = []
     started = time.monotonic()
     full = job.plan.resolved.moe_calib == "full"
+    moments = Moments(job.source.config, job.device) if job.plan.resolved.algorithm == "awmse" else None
     with _layer_rows(job, hidden) as (rows, moe_out):
-        reporter = _Reporter(job, unit.layer, started)
+        reporter = _Reporter(job, unit.layer, started, CALIBRATING if moments else 1.0)
         with _shards(job, unit, written) if job.packs else nullcontext() as shards:
             router = router_weights(job.source, unit.layer, job.device)
             routed = _attention(job, unit.layer, shards, rows, router, ranges, reporter)
@@ -144,11 +116,11 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
                 unit.layer,
                 job.memory.expert_group,
                 job.device,
-                shards,
+                None if moments else shards,
                 stats,
                 job.stop,
                 ranks.owns,
-                job.plan.resolved.algorithm,
+                block_scales(job.plan.resolved.algorithm),
             )
             run_experts(
                 experts,
@@ -161,11 +133,16 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
                 ranges,
                 full=full,
                 tick=reporter.expert,
+                moments=moments,
             )
+            record: dict[str, Any] = {}
+            if moments is not None and shards is not None:
+                channels = _channel_weights(job, unit.layer, routed, moments)
+                _pack_experts(job, unit.layer, shards, stats, reporter, channels)
+                record["moments_sha256"] = channels.sha256
             found = ranks.gather("ranges", asdict(ranges), job.stop)
-            record = {}
             if ranks.is_first and shards is not None:
-                record = _write_small(job, unit.layer, shards, merged([LayerRanges(**r) for r in found]))
+                record |= _write_small(job, unit.layer, shards, merged([LayerRanges(**r) for r in found]))
             fault_point("layer-computed")
         next_rows = _sum_rows(job, rows, moe_out)
         saved = None if last else _save_hidden(job, unit.layer + 1, next_rows)
@@ -188,27 +165,50 @@ def pack_layer(job: Job, unit: Unit, ranges: LayerRanges) -> dict[str, Any]:
     stats = PackStats()
     written: list[WrittenFile] = []
     record: dict[str, Any] = {}
-    reporter = _Reporter(job, unit.layer, time.monotonic())
-    mine = [e for e in range(job.source.config.num_local_experts) if job.ranks.owns(e)]
+    reporter = _Reporter(job, unit.layer, time.monotonic(), calibrated=0.0)
     with _shards(job, unit, written) as shards:
-        packed = stream_experts(
-            job.source,
-            unit.layer,
-            1,
-            job.device,
-            shards,
-            stats,
-            job.stop,
-            scales=job.plan.resolved.algorithm,
-            through=mine,
-        )
-        for number, _ in enumerate(packed, start=1):
-            reporter.packed(number / len(mine))
+        _pack_experts(job, unit.layer, shards, stats, reporter)
         if job.ranks.is_first:
             _write_attention(attention_weights(job.source, unit.layer, job.device), unit.layer, shards)
             record = _write_small(job, unit.layer, shards, ranges)
         fault_point("layer-computed")
     return {"files": [f.to_json() for f in written], "record": record | _record(job, ranges, stats)}
+
+
+def _pack_experts(
+    job: Job,
+    layer: int,
+    shards: ShardSet,
+    stats: PackStats,
+    reporter: _Reporter,
+    channels: ChannelWeights | None = None,
+) -> None:
+    """Pack this rank's experts, without tokens."""
+    mine = [e for e in range(job.source.config.num_local_experts) if job.ranks.owns(e)]
+    packed = stream_experts(
+        job.source,
+        layer,
+        1,
+        job.device,
+        shards,
+        stats,
+        job.stop,
+        scales=block_scales(job.plan.resolved.algorithm),
+        through=mine,
+        channels=channels,
+    )
+    for number, _ in enumerate(packed, start=1):
+        reporter.packed(number / len(mine))
+
+
+def _channel_weights(job: Job, layer: int, routed: Routings, moments: Moments) -> ChannelWeights:
+    """What errors count, by what all ranks' tokens were."""
+    counted = LayerRanges()
+    count_tokens(routed, job.chunks, job.dropped, counted, full=True)
+    everywhere = job.ranks.gather("counted", asdict(counted), job.stop)
+    total = merged([LayerRanges(**counts) for counts in everywhere])
+    shared_sum(job.ranks, job.stop, job.work / f"moments-{layer:04d}.bin", moments.sums)
+    return moments.weights(total.routed_tokens, total.seen_tokens[0])
 
 
 def _shards(job: Job, unit: Unit, written: list[WrittenFile]) -> AbstractContextManager[ShardSet]:
@@ -289,7 +289,9 @@ def _record(job: Job, ranges: LayerRanges, stats: PackStats) -> dict[str, Any]:
     """The layer's figures for the report, of all ranks together."""
     found = job.ranks.gather("packed", asdict(stats), job.stop)
     stats = merged_stats([PackStats(**s) for s in found], job.source.config.num_local_experts)
-    packing = {key: value for key, value in asdict(stats).items() if key != "max_sqnr_db" or value}
+    packing = {k: v for k, v in asdict(stats).items() if k != "weighted" and (k != "max_sqnr_db" or v)}
+    if errors := relative_errors(stats):
+        packing["weighted_error"] = errors
     return {
         "routed_tokens": ranges.routed_tokens,
         "seen_tokens": ranges.seen_tokens,

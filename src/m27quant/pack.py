@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from m27quant.calib.layerwise import ExpertWeights
+from m27quant.calib.moments import ChannelWeights
 from m27quant.checkpoint import names
 from m27quant.checkpoint.config import M2Config
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.writer import ShardSet
 from m27quant.errors import CheckpointError
 from m27quant.kernels import fp8_dequant, nvfp4_pack
+from m27quant.kernels.nvfp4_pack.weighted import weighted_error
+from m27quant.recipes.schema import Method
 from m27quant.runtime.loader import read_linear
 
 Stored = tuple[torch.Tensor, torch.Tensor | None]
@@ -38,6 +41,8 @@ class PackStats:
     )
     max_sqnr_db: dict[str, list[float | None]] = field(default_factory=dict)
     """What `sqnr_db` would be under block scales from maxima; empty where it is that."""
+    weighted: dict[str, list[list[float]]] = field(default_factory=dict)
+    """Signal, noise, and noise under block scales from maxima, squares counted by channel weights; empty without."""
     zero_groups: int = 0
     saturated_groups: int = 0
     tiny_groups: int = 0
@@ -61,6 +66,7 @@ def merged_stats(parts: Sequence[PackStats], num_experts: int) -> PackStats:
         sqnr_db=dealt("sqnr_db"),
         weight_scale_2=dealt("weight_scale_2"),
         max_sqnr_db=dealt("max_sqnr_db"),
+        weighted=dealt("weighted"),
         zero_groups=sum(part.zero_groups for part in parts),
         saturated_groups=sum(part.saturated_groups for part in parts),
         tiny_groups=sum(part.tiny_groups for part in parts),
@@ -84,10 +90,11 @@ def stream_experts(
     is_mine: Callable[[int], bool] = lambda expert: True,
     scales: nvfp4_pack.Scales = "max",
     through: Sequence[int] | None = None,
+    channels: ChannelWeights | None = None,
 ) -> Iterator[Sequence[ExpertWeights]]:
     """Pack and write every expert that is this rank's; yields the BF16 weights of all, `group` experts at a time.
 
-    `through` names the experts to read, in their order; all where None.
+    `through` names the experts to read, in their order; all where None.  `channels` weight the errors of `scales`.
 
     While an expert is worked on, the next is read and the last is written.  Each source byte is read once.
     What was yielded is overwritten when the next group is asked for: fresh memory would cost more than packing.
@@ -110,7 +117,14 @@ def stream_experts(
                 ahead = files.submit(read_expert, source, layer, following, device)
             if shards is not None and is_mine(expert):
                 packed, weights = pack_expert(
-                    source, layer, expert, stored, stats, buffers[len(batch)], scales
+                    source,
+                    layer,
+                    expert,
+                    stored,
+                    stats,
+                    buffers[len(batch)],
+                    scales,
+                    channels.of(expert) if channels else {},
                 )
                 if behind is not None:
                     behind.result()
@@ -140,8 +154,12 @@ def pack_expert(
     stats: PackStats,
     buffers: dict[str, torch.Tensor],
     scales: nvfp4_pack.Scales = "max",
+    channels: Mapping[str, torch.Tensor] = {},
 ) -> tuple[Packed, ExpertWeights]:
-    """One expert in NVFP4, w1 and w3 with one `weight_scale_2`, and in BF16: in `buffers`, or as it is stored."""
+    """One expert in NVFP4, w1 and w3 with one `weight_scale_2`, and in BF16: in `buffers`, or as it is stored.
+
+    `channels` have by projection what the squared errors of columns count, F32 [K].
+    """
     block = source.config.weight_block_size or fp8_dequant.BLOCK
     amax = {}
     for projection, (weight, scale) in stored.items():
@@ -152,13 +170,27 @@ def pack_expert(
     for projection, (weight, scale) in stored.items():
         module = names.expert(layer, expert, projection)
         with Naming(module):
-            result[module] = nvfp4_pack.pack(weight, scale, amax=amax[projection], block=block, scales=scales)
+            result[module] = nvfp4_pack.pack(
+                weight,
+                scale,
+                amax=amax[projection],
+                block=block,
+                scales=scales,
+                channel_weight=channels.get(projection),
+            )
     plain = plain_expert(source, expert, stored, buffers)
     for projection in stored:
         module = names.expert(layer, expert, projection)
         _note(stats, module, projection, getattr(plain, projection), result[module])
         if scales != "max":
-            _note_max(stats, projection, getattr(plain, projection), amax[projection])
+            by_maxima = _note_max(stats, projection, getattr(plain, projection), amax[projection])
+            if projection in channels:
+                errors = (
+                    weighted_error(getattr(plain, projection), packed, channels[projection])
+                    for packed in (result[module], by_maxima)
+                )
+                (signal, noise), (_, noise_of_max) = errors
+                stats.weighted.setdefault(projection, []).append([signal, noise, noise_of_max])
     return result, plain
 
 
@@ -200,10 +232,33 @@ def _note(
         stats.dead.append(module)
 
 
-def _note_max(stats: PackStats, projection: str, weight: torch.Tensor, amax: torch.Tensor) -> None:
-    """What block scales from maxima would have given, beside what was gained over them."""
-    error = nvfp4_pack.squared_error(weight, None, nvfp4_pack.pack(weight, amax=amax))
+def _note_max(
+    stats: PackStats, projection: str, weight: torch.Tensor, amax: torch.Tensor
+) -> nvfp4_pack.PackedNVFP4:
+    """What block scales from maxima would have given, beside what was gained over them; returns it."""
+    packed = nvfp4_pack.pack(weight, amax=amax)
+    error = nvfp4_pack.squared_error(weight, None, packed)
     stats.max_sqnr_db.setdefault(projection, []).append(_decibels(error))
+    return packed
+
+
+def block_scales(method: Method) -> nvfp4_pack.Scales:
+    """How the algorithm of a recipe chooses block scales, but for the weights of errors."""
+    return "max" if method == "max" else "mse"
+
+
+def relative_errors(stats: PackStats) -> dict[str, dict[str, float]]:
+    """Of each projection the layer's weighted noise over its weighted signal, as packed and under maxima."""
+    found = {}
+    for projection, experts in stats.weighted.items():
+        signal, noise, noise_of_max = (math.fsum(column) for column in zip(*experts, strict=True))
+        if signal:
+            found[projection] = {"awmse": _rounded(noise / signal), "max": _rounded(noise_of_max / signal)}
+    return found
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _decibels(error: nvfp4_pack.SquaredError) -> float | None:

@@ -14,16 +14,18 @@ import torch
 import m27quant
 from m27quant.calib.data import Sequences, assumed_sequences, is_local, load_sequences, parse_dataset
 from m27quant.calib.memory import MemoryPlan, plan_memory
+from m27quant.calib.moments import moments_bytes
 from m27quant.calib.ranges_file import Calibrated, read_calibrated
 from m27quant.checkpoint import sidecars
 from m27quant.checkpoint.assumed import AssumedSource
+from m27quant.checkpoint.config import M2Config
 from m27quant.checkpoint.hub import locate
 from m27quant.checkpoint.layout import check_layout
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.workspace import differences
 from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.plan import Plan, check_paths, make_plan
-from m27quant.recipes import Recipe, load_recipe
+from m27quant.recipes import Recipe, ResolvedRecipe, load_recipe
 from m27quant.runtime.device import pick_device
 from m27quant.runtime.host_memory import default_budget
 
@@ -116,6 +118,7 @@ def prepare(
     """
     calibrated = _calibrated(options)
     recipe = _recipe(options, calibrated)
+    _refuse_lost_moments(recipe, options)
     device = pick_device(options.device)
     location = locate(
         model, revision=options.revision, offline=options.offline, token=options.token, weights=fetch
@@ -156,6 +159,15 @@ def _calibrated(options: Options) -> Calibrated | None:
         if value:
             raise UsageError(f"{name} beside --ranges", hint="the ranges' own data and settings are used")
     return read_calibrated(Path(options.ranges))
+
+
+def _refuse_lost_moments(recipe: Recipe, options: Options) -> None:
+    """Raise `UsageError` where a calibration and the packing by it are to be two runs, but ranges are not enough."""
+    if recipe.quantize.algorithm.method == "awmse" and (options.calibrate_only or options.ranges is not None):
+        raise UsageError(
+            f"recipe '{escape(recipe.name)}' packs by second moments, which calibration.json does not hold",
+            hint="calibrate and pack in one run, on several ranks where it should be faster",
+        )
 
 
 def _check_calibrated(calibrated: Calibrated, prepared: Prepared, options: Options) -> None:
@@ -206,6 +218,7 @@ def _decide(
         longest=max(sequences.lengths),
         device=device,
         budget=budget,
+        beside=kept_beside(plan.resolved, source.config, device),
     )
     return Prepared(
         source=source,
@@ -220,6 +233,11 @@ def _decide(
         data_notices=about_data,
         calibrated=calibrated,
     )
+
+
+def kept_beside(resolved: ResolvedRecipe, config: M2Config, device: torch.device) -> int:
+    """Bytes that the recipe's statistics take beside everything else."""
+    return moments_bytes(config, device) if resolved.algorithm == "awmse" else 0
 
 
 def _sequences(source: Source, recipe: Recipe, options: Options, fetch: bool) -> tuple[Sequences, list[str]]:

@@ -25,7 +25,8 @@ from m27quant.checkpoint.workspace import Workspace, check_same, differences
 from m27quant.distributed.ranks import ALONE, Ranks
 from m27quant.errors import UsageError
 from m27quant.finish import build_result, is_hidden, output_names
-from m27quant.layer_job import Job, pack_layer, run_embed, run_head, run_layer
+from m27quant.job import Job
+from m27quant.layer_job import pack_layer, run_embed, run_head, run_layer
 from m27quant.parts import finish_calibration, finish_part
 from m27quant.plan import HEAD, Unit, check_disk, check_paths, disk_needed
 from m27quant.prepare import Options, Prepared, prepare

@@ -10,9 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from m27quant.checkpoint.durable import durable_file, joined_file, temporary_path
+import torch
+
+from m27quant.checkpoint.buffers import byte_view
+from m27quant.checkpoint.durable import (
+    durable_file,
+    joined_file,
+    pwrite_all,
+    raise_for_os_error,
+    temporary_path,
+)
+from m27quant.checkpoint.header import pread_exactly
 from m27quant.checkpoint.writer import ShardPlan, ShardSet, WrittenFile, join_shards, open_shards
 from m27quant.distributed.ranks import Ranks
+from m27quant.errors import escape
 
 Stop = Callable[[], None]
 
@@ -47,3 +58,28 @@ def shared_shards(
         with join_shards([folder / name for name in files], plans) as shards:
             yield shards
         ranks.gather("shards written", shards.written(), stop)
+
+
+def shared_sum(ranks: Ranks, stop: Stop, path: Path, mine: torch.Tensor) -> None:
+    """Make `mine`, whole numbers of one shape on every rank, the sum of all ranks', through a file: messages are small.
+
+    `path` is gone afterwards.
+    """
+    if ranks.size == 1:
+        return
+    part = mine.cpu().clone(memory_format=torch.contiguous_format)
+    size = part.numel() * part.element_size()
+    with shared_file(ranks, stop, path, ranks.size * size) as fd:
+        try:
+            pwrite_all(fd, byte_view(part), ranks.rank * size)
+        except OSError as fault:
+            raise_for_os_error(fault, path)
+    ranks.gather("sum written", None, stop)  # only now the file has its name
+    with path.open("rb") as file:
+        for rank in range(ranks.size):
+            if rank != ranks.rank:
+                pread_exactly(file.fileno(), byte_view(part), rank * size, escape(path))
+                mine += part.to(mine.device)
+    ranks.gather("sum read", None, stop)
+    if ranks.is_first:
+        path.unlink()

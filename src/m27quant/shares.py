@@ -5,7 +5,7 @@ from __future__ import annotations
 from m27quant.calib.activations import Chunk, plan_chunks
 from m27quant.calib.memory import MemoryPlan, plan_memory
 from m27quant.distributed.ranks import Ranks
-from m27quant.prepare import Options, Prepared
+from m27quant.prepare import Options, Prepared, kept_beside
 
 
 def share_of(
@@ -30,5 +30,6 @@ def share_of(
             device=prepared.device,
             budget=prepared.budget if options.max_memory else prepared.budget // ranks.local_size,
             chunk_tokens=chunk_tokens,
+            beside=kept_beside(prepared.plan.resolved, prepared.source.config, prepared.device),
         )
     return mine, memory

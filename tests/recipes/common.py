@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from m27quant.recipes import Recipe
+from m27quant.recipes import BUILTIN, Recipe, load_recipe
 from m27quant.recipes.describe import official_modules
 from m27quant.recipes.loader import parse_recipe
+from m27quant.recipes.schema import OWN_METHODS
 
+MODELOPTS = tuple(n for n in BUILTIN if load_recipe(n).quantize.algorithm.method not in OWN_METHODS)
+"""Built-in recipes that modelopt knows, too."""
 MODULES = official_modules(layers=2, experts=3)
 
 NVFP4 = "{num_bits: [2, 1], block_sizes: {-1: 16, type: dynamic, scale_bits: [4, 3]}}"

@@ -15,10 +15,11 @@ import yaml
 
 from m27quant.errors import EnvironmentFault, RecipeError
 from m27quant.recipes import ALIASES, BUILTIN, RecipeFile, builtin_recipes, load_recipe
+from m27quant.recipes.describe import describe
 from m27quant.recipes.imports import library_root
 from m27quant.recipes.schema import DEFAULT_DATASETS
 from m27quant.recipes.strict_yaml import MAX_BYTES
-from tests.recipes.common import EXPERTS, MODULES, NVFP4, entry, parsed, recipe_text, written
+from tests.recipes.common import EXPERTS, MODELOPTS, MODULES, NVFP4, entry, parsed, recipe_text, written
 
 LIBRARY = "general/ptq/nvfp4_experts_only-kv_fp8"
 
@@ -323,7 +324,7 @@ def test_recipes_cannot_be_changed() -> None:
 
 
 def test_modelopt_yaml_is_the_recipe_without_imports_and_calibration() -> None:
-    for name in (*BUILTIN, LIBRARY):
+    for name in (*MODELOPTS, LIBRARY):
         recipe = load_recipe(name)
         again = parsed(recipe.modelopt_yaml())
         assert again.quantize == recipe.quantize
@@ -331,9 +332,16 @@ def test_modelopt_yaml_is_the_recipe_without_imports_and_calibration() -> None:
         assert set(yaml.safe_load(recipe.modelopt_yaml())) == {"metadata", "quantize"}
 
 
+def test_an_algorithm_of_our_own_is_not_passed_off_as_modelopts() -> None:
+    recipe = load_recipe("nvfp4_experts_only_awmse-fp8_kv")
+    with pytest.raises(RecipeError, match="nvidia-modelopt has no algorithm `awmse`"):
+        recipe.modelopt_yaml()
+    assert "nvidia-modelopt has no such algorithm" in describe(recipe)["costs"]
+
+
 def test_json_schema_accepts_the_builtin_recipes_and_refuses_typos() -> None:
     validator = jsonschema.Draft202012Validator(RecipeFile.model_json_schema())
-    for name in BUILTIN:
+    for name in MODELOPTS:
         document = json.loads(json.dumps(load_recipe(name).modelopt()))
         validator.validate(document)
         document["quantise"] = {}

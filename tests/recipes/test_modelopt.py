@@ -22,7 +22,7 @@ from m27quant.recipes.resolve import Rule, fates
 from m27quant.recipes.schema import Entry
 from m27quant.recipes.strict_yaml import Place
 from tests.oracles import modelopt_sweep
-from tests.recipes.common import EXPERTS, KV, parsed, recipe_text
+from tests.recipes.common import EXPERTS, KV, MODELOPTS, parsed, recipe_text
 
 # modelopt says that it was not tested with this transformers; torch and it deprecate things of each other.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -173,7 +173,7 @@ def kind(quantizer: Any) -> str:
     return "other"
 
 
-@pytest.mark.parametrize("name", BUILTIN)
+@pytest.mark.parametrize("name", MODELOPTS)
 def test_a_builtin_file_is_a_modelopt_recipe_as_it_is(name: str, mtq: Any) -> None:
     from modelopt.recipe import load_recipe as modelopt_load
 
@@ -225,7 +225,7 @@ def test_every_experts_only_recipe_is_judged() -> None:
     assert set(ALIASES) <= set(COLLECTION)
 
 
-@pytest.mark.parametrize("name", [*BUILTIN, *(f"general/ptq/{name}" for name in SUPPORTED)])
+@pytest.mark.parametrize("name", [*MODELOPTS, *(f"general/ptq/{name}" for name in SUPPORTED)])
 def test_modelopt_quantizes_with_our_file_what_we_say(
     name: str, mtq: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from m27quant.calib.activations import Chunk, Rows
+from m27quant.calib.moments import Moments
 from m27quant.calib.routing import Routings
 from m27quant.checkpoint.config import M2Config
 from m27quant.errors import CalibrationError
@@ -183,10 +184,12 @@ def run_experts(
     *,
     full: bool,
     tick: Callable[[int], None],
+    moments: Moments | None = None,
 ) -> None:
     """out := the MoE's output for all tokens of `rows`; ranges of every expert's w2 input.
 
     `full` measures over every token, else over the routed ones alone, which then share their largest.
+    `moments`, where they are wanted, need `full`.
     Experts add up in ascending order whatever the groups are.
     """
     ranges.w2_input_amax = [0.0] * config.num_local_experts
@@ -195,9 +198,11 @@ def run_experts(
         for chunk, assigned in zip(chunks, routed, strict=True):
             h = M.moe_input(rows.read(chunk), router, config)
             y = torch.zeros_like(h) if first else out.read(chunk)
+            if first and moments is not None:
+                moments.add_inputs(h)
             seen = []
             for expert in group:
-                seen.append(_run_expert(expert, h, y, assigned[expert.index], full))
+                seen.append(_run_expert(expert, h, y, assigned[expert.index], full, moments))
                 tick(expert.index)
             out.write(chunk, y)
             # one transfer per chunk: asking for each maximum would make an accelerator wait
@@ -211,7 +216,12 @@ def run_experts(
 
 
 def _run_expert(
-    expert: ExpertWeights, h: torch.Tensor, y: torch.Tensor, to: M.Assignment, full: bool
+    expert: ExpertWeights,
+    h: torch.Tensor,
+    y: torch.Tensor,
+    to: M.Assignment,
+    full: bool,
+    moments: Moments | None,
 ) -> torch.Tensor:
     """Add the expert's share to y; returns the amax of w2's input as a scalar tensor."""
     if full:
@@ -221,6 +231,8 @@ def _run_expert(
         act = routed_act = M.gated_activation(h[to.rows], expert.w1, expert.w3)
     else:
         return h.new_zeros(())
+    if moments is not None:
+        moments.add(expert.index, h[to.rows], act, routed_act)
     if len(to.rows):
         M.add_expert(y, routed_act, expert.w2, to)
     return amax_tensor(act)

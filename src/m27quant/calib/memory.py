@@ -63,11 +63,12 @@ def plan_memory(
     device: torch.device,
     budget: int,
     chunk_tokens: int | None = None,
+    beside: int = 0,
 ) -> MemoryPlan:
     """Fit calibration of `num_tokens` tokens into `budget` bytes of resident memory.
 
     On an accelerator the same budget limits its memory too, together with what is free there.
-    `chunk_tokens` is set on resume, to the value of the first run.
+    `chunk_tokens` is set on resume, to the value of the first run; `beside` are bytes that a recipe needs for more.
 
     Raises:
         EnvironmentFault: the smallest arrangement does not fit; says what is needed.
@@ -78,8 +79,8 @@ def plan_memory(
     chunk = chunk_tokens or min(CHUNK_TOKENS[device.type], max(num_tokens, 1))
     while True:
         tokens = max(chunk, longest)
-        fixed = _routing_bytes(config, num_tokens, chunk) + (0 if on_gpu else base)
-        host = base + _host_bytes(config, tokens) if on_gpu else 0
+        fixed = beside + _routing_bytes(config, num_tokens, chunk) + (0 if on_gpu else base)
+        host = base + beside + _host_bytes(config, tokens) if on_gpu else 0
         least = fixed + _layer_bytes(config, tokens, 1, device)
         if (least <= room and host <= budget) or chunk_tokens or chunk <= longest or chunk <= 256:
             break

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from m27quant.errors import RecipeError
+from m27quant.errors import RecipeError, escape
 from m27quant.recipes.resolve import ResolvedRecipe, Rule, resolve
-from m27quant.recipes.schema import Calibration, MoeCalib, Quantize
+from m27quant.recipes.schema import OWN_METHODS, Calibration, MoeCalib, Quantize
 from m27quant.recipes.strict_yaml import Place
 
 
@@ -59,12 +59,18 @@ class Recipe:
         Raises:
             RecipeError: a pattern matches nothing, or asks for what m27quant does not write.
         """
+        method = self.quantize.algorithm.method
+        if method == "awmse" and self.moe_calib == "natural":
+            raise RecipeError(
+                "algorithm `awmse` needs every expert to see every token, calibration is on routed tokens only",
+                hint="calibrate with `moe_calib: full` (--moe-calib full), or choose another recipe",
+            )
         rules = [Rule(e, p) for e, p in zip(self.quantize.quant_cfg, self.places, strict=True)]
         return resolve(
             rules,
             module_names,
             name=self.name,
-            algorithm=self.quantize.algorithm.method,
+            algorithm=method,
             moe_calib=self.moe_calib,
             notices=self.notices,
         )
@@ -91,7 +97,17 @@ class Recipe:
         }
 
     def modelopt(self) -> dict[str, Any]:
-        """Return what nvidia-modelopt takes of this recipe: `metadata` and `quantize`, nothing else."""
+        """Return what nvidia-modelopt takes of this recipe: `metadata` and `quantize`, nothing else.
+
+        Raises:
+            RecipeError: modelopt has no such algorithm.
+        """
+        if (method := self.quantize.algorithm.method) in OWN_METHODS:
+            raise RecipeError(
+                f"recipe '{escape(self.name)}': nvidia-modelopt has no algorithm `{method}`, it is m27quant's own",
+                hint="its nearest relative in modelopt is `mse`: "
+                "m27quant recipe show nvfp4_experts_only_mse-fp8_kv --modelopt",
+            )
         return {
             "metadata": {"recipe_type": "ptq", "description": self.description},
             "quantize": _lists(self.quantize.model_dump(exclude_unset=True)),

@@ -221,10 +221,11 @@ def _refuse_other_formats(experts: list[Block], cache: list[Block], algorithm: M
     for block in experts:
         if block.enabled and block.quantizer == "output_quantizer":
             raise _cannot(block, "outputs of experts are not quantized")
-        searched = algorithm == "mse" and block.quantizer == "weight_quantizer"
+        searched = algorithm != "max" and block.quantizer == "weight_quantizer"
         if block.enabled and searched and block.format is NVFP4:
             raise _cannot(
-                block, "`mse` chooses block scales of static blocks (`type: static`), these are dynamic"
+                block,
+                f"`{algorithm}` chooses block scales of static blocks (`type: static`), these are dynamic",
             )
         if block.enabled and block.format is not (NVFP4_STATIC if searched else NVFP4):
             raise _cannot(block, f"{block.format.text} is not supported for experts")

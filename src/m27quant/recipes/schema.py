@@ -27,8 +27,10 @@ MAX_RULES = 256
 MAX_PATTERN = 256
 
 MoeCalib = Literal["full", "natural"]
-Method = Literal["max", "mse"]
-METHODS: tuple[Method, ...] = ("max", "mse")
+Method = Literal["max", "mse", "awmse"]
+METHODS: tuple[Method, ...] = ("max", "mse", "awmse")
+OWN_METHODS: tuple[Method, ...] = ("awmse",)
+"""m27quant's, which modelopt does not have."""
 
 
 def closest(word: object, choices: list[str]) -> str | None:
@@ -175,7 +177,8 @@ class Algorithm(Strict):
     """How scales are chosen.
 
     `max`: exact maxima.  `mse` with `fp8_scale_sweep`: activations by maxima, each block scale of a weight by the
-    least squared error.
+    least squared error.  `awmse`, which modelopt does not have: the same with each error weighted by the second moment
+    of its input channel.
     """
 
     method: Method
@@ -195,7 +198,7 @@ class Algorithm(Strict):
             raise PydanticCustomError(
                 "recipe_algorithm",
                 "a chain of algorithms is not supported",
-                {"hint": "m27quant runs `max` or `mse`"},
+                {"hint": "m27quant runs `max`, `mse` or `awmse`"},
             )
         if not isinstance(data, dict):
             data = {"method": data}
@@ -206,7 +209,7 @@ class Algorithm(Strict):
                 "algorithm `{method}` is not supported",
                 {
                     "method": "null" if method is None else method,
-                    "hint": "m27quant calibrates with `max` or `mse`",
+                    "hint": "m27quant calibrates with `max`, `mse` or `awmse`",
                 },
             )
         return data
@@ -224,7 +227,7 @@ class Algorithm(Strict):
                 "`mse` without `fp8_scale_sweep: true` is not supported",
                 {"hint": "modelopt then tries multiples of each maximum; m27quant finds the best E4M3 scale"},
             )
-        if self.method == "max" and self.fp8_scale_sweep is not None:
+        if self.method != "mse" and self.fp8_scale_sweep is not None:
             raise PydanticCustomError(
                 "recipe_sweep_without_mse",
                 "`fp8_scale_sweep` goes with `method: mse`",

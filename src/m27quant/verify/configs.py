@@ -84,8 +84,9 @@ def read_configs(view: View, found: Findings) -> None:
     recipe = None if report is None else report.get("recipe")
     kv_cache = recipe.get("kv_cache") if isinstance(recipe, dict) else None
     view.recipe_kv = kv_cache if isinstance(kv_cache, str) else None
-    if isinstance(recipe, dict) and recipe.get("algorithm") == "mse":
-        view.block_scales = "mse"
+    algorithm = recipe.get("algorithm") if isinstance(recipe, dict) else None
+    if algorithm == "mse" or algorithm == "awmse":
+        view.block_scales = algorithm
 
 
 def check_configs(view: View, found: Findings) -> None:

@@ -17,8 +17,9 @@ from m27quant.checkpoint import names
 from m27quant.checkpoint.source import Source
 from m27quant.kernels import fp8_dequant, nvfp4_pack
 from m27quant.kernels.nvfp4_pack import Exact, PackedNVFP4, SquaredError
-from m27quant.kernels.nvfp4_pack.reference import bf16_rows, encode, groups
+from m27quant.kernels.nvfp4_pack.reference import bf16_rows, encode, global_scale, groups
 from m27quant.pack import Naming
+from m27quant.recipes.schema import Method
 
 Kind = Literal[
     "exact",
@@ -31,6 +32,7 @@ Kind = Literal[
     "bytes",
     "another amax",
     "better scales",
+    "scales as stored",
 ]
 FAR_DB = 10.0
 """Below it the values are not the source's: NVFP4 has about 20 dB."""
@@ -71,19 +73,28 @@ class Outcome:
     figures: dict[str, float | int] = field(default_factory=dict)
 
 
-def diagnose(source: Source, m: Matrix, amax: torch.Tensor, scales: nvfp4_pack.Scales = "max") -> Outcome:
+def diagnose(source: Source, m: Matrix, amax: torch.Tensor, scales: Method = "max") -> Outcome:
     """Quantize a matrix that is not exact again.
 
     `amax` is the largest magnitude of the matrices that share a global scale, `scales` how block scales are chosen.
+    Where weights from a calibration chose them (awmse), which no checkpoint holds, they are taken as they are.
     """
     with Naming(m.module):
-        again = nvfp4_pack.pack(m.weight, m.scale_inv, amax=amax, block=m.block, scales=scales)
+        if scales == "awmse":
+            again = _under_its_scales(m, amax)
+        else:
+            again = nvfp4_pack.pack(m.weight, m.scale_inv, amax=amax, block=m.block, scales=scales)
     same_codes = same_bytes(m.packed.weight, again.weight)
     same_scales = same_bytes(m.packed.weight_scale, again.weight_scale)
     same_global = bool(m.packed.weight_scale_2 == again.weight_scale_2)
     sqnr_db = _sqnr_db(m, m.packed)
     here, there = float(m.packed.weight_scale_2), float(again.weight_scale_2)
     of_globals = f"weight_scale_2 is {here:.7g}, the source gives {there:.7g}"
+    if scales == "awmse" and same_codes and same_global:
+        near = sqnr_db is None or sqnr_db >= FAR_DB
+        return Outcome(
+            m.module, m.layer, "scales as stored" if near else "far", sqnr_db, f"SQNR {sqnr_db} dB"
+        )
     if same_codes and same_scales:
         kind: Kind = "reciprocal" if math.isclose(here, 1 / there, rel_tol=1e-3) else "global scale"
         return Outcome(m.module, m.layer, kind, sqnr_db, of_globals)
@@ -98,10 +109,19 @@ def diagnose(source: Source, m: Matrix, amax: torch.Tensor, scales: nvfp4_pack.S
 
 
 def _is_consistent(m: Matrix) -> bool:
-    """Whether the codes are what the source's values become under the block scales that are there."""
-    codes, scale_NG, scale_2 = m.packed
+    """Whether the codes are what the source's values become under the scales that are there."""
+    return same_bytes(m.packed.weight, _codes(m, m.packed.weight_scale_2))
+
+
+def _under_its_scales(m: Matrix, amax: torch.Tensor) -> PackedNVFP4:
+    """The source's values under the block scales that are there and the global scale that `amax` gives."""
+    scale_2 = global_scale(amax)
+    return PackedNVFP4(_codes(m, scale_2), m.packed.weight_scale, scale_2)
+
+
+def _codes(m: Matrix, scale_2: torch.Tensor) -> torch.Tensor:
     x_NK = bf16_rows(m.weight, m.scale_inv, slice(0, m.weight.shape[0]), m.block).float()
-    return same_bytes(codes, encode(groups(x_NK), scale_NG, scale_2).contiguous())
+    return encode(groups(x_NK), m.packed.weight_scale, scale_2).contiguous()
 
 
 def _least_errors(m: Matrix, again: PackedNVFP4, sqnr_db: float | None) -> Outcome:

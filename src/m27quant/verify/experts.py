@@ -115,12 +115,14 @@ class ExpertComparison:
 
     def _compare(self, at: Place, tensors: dict[str, bytearray]) -> Iterator[Outcome]:
         exact, amax = {}, {}
+        scales = self._view.block_scales
         for p in names.EXPERT_PROJECTIONS:
             m = self._matrix(at, p, tensors)
             with Naming(m.module):
-                exact[p] = found = nvfp4_pack.compare(
-                    m.weight, m.scale_inv, m.packed, block=m.block, scales=self._view.block_scales
-                )
+                found = None
+                if scales != "awmse":
+                    found = nvfp4_pack.compare(m.weight, m.scale_inv, m.packed, block=m.block, scales=scales)
+                exact[p] = found
                 amax[p] = found.amax if found else nvfp4_pack.amax(m.weight, m.scale_inv, block=m.block)
         shared = torch.maximum(amax["w1"], amax["w3"])
         for p in names.EXPERT_PROJECTIONS:
@@ -131,7 +133,7 @@ class ExpertComparison:
             if (found := exact[p]) is not None and scale_2 == global_scale(largest):
                 yield proven(module, at[0], found)
             else:
-                yield diagnose(self._source, self._matrix(at, p, tensors), largest, self._view.block_scales)
+                yield diagnose(self._source, self._matrix(at, p, tensors), largest, scales)
 
     def _matrix(self, at: Place, projection: str, tensors: dict[str, bytearray]) -> Matrix:
         """One of them; its source lies in memory that the thread's next matrix overwrites."""

@@ -29,6 +29,7 @@ WORDS: dict[Kind, str] = {
     "bytes": "differs from an exact re-quantization",
     "another amax": "was quantized under another maximum",
     "better scales": "has blocks with a better scale than theirs",
+    "scales as stored": "is the nearest to the source under the block scales that it has",
 }
 EXACT_SHARE = 0.5
 """Of matrices: above it the recipe is max-calibrated, and whatever differs was damaged."""
@@ -47,12 +48,22 @@ class Outcomes:
         self._kinds[outcome.kind] += 1
         if outcome.sqnr_db is not None:
             self._sqnr[outcome.layer].append(outcome.sqnr_db)
-        if outcome.kind != "exact":
+        if outcome.kind not in ("exact", "scales as stored"):
             self._different.append(outcome)
 
     def report(self, found: Findings) -> None:
         """A finding for every matrix that is not exact, the worst of a layer first."""
-        exact = self._kinds["exact"] > EXACT_SHARE * self._kinds.total()
+        stored = self._kinds["scales as stored"]
+        exact = self._kinds["exact"] + stored > EXACT_SHARE * self._kinds.total()
+        if stored:
+            found.add(
+                "M27-W026",
+                f"{stored:,} of {self._kinds.total():,} matrices: weight_scale_2 is the source's, and each code is the "
+                "nearest to the source's value under the block scale that is stored; whether another block scale has "
+                "less weighted error was not checked: the weights are the calibration's, and no file of the "
+                "checkpoint",
+                found=stored,
+            )
         for outcome in sorted(self._different, key=lambda o: o.module):
             found.add(
                 _code(outcome.kind, exact),
@@ -67,6 +78,7 @@ class Outcomes:
         return {
             "matrices": self._kinds.total(),
             "exact": self._kinds["exact"],
+            **({"nearest_codes": stored} if (stored := self._kinds["scales as stored"]) else {}),
             "sqnr_db": _mean_min([v for values in self._sqnr.values() for v in values]),
             "layers": [{"layer": layer, **_mean_min(self._sqnr[layer])} for layer in sorted(self._sqnr)],
         }

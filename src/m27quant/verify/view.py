@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from m27quant.kernels.nvfp4_pack import Scales
+    from m27quant.recipes.schema import Method
 
 _ATTENTION = re.compile(
     r"model\.layers\.[0-9]+\.self_attn\.[qkvo]_proj\.(?:weight|weight_scale|weight_scale_inv|input_scale)"
@@ -42,7 +42,7 @@ class View:
     """hf_quant_config.json's `quantization`."""
     recipe_kv: str | None = None
     """The KV cache that quantization_report.json says was calibrated, where there is one: "fp8", "fp8_cast"."""
-    block_scales: Scales = "max"
+    block_scales: Method = "max"
     """How quantization_report.json says that block scales were chosen; without one as if from maxima."""
     expected: dict[str, TensorSpec] = field(default_factory=dict)
     """What config.json implies, by name."""
