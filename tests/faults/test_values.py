@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from m27quant.errors import CheckpointError, EnvironmentFault, M27Error
-from m27quant.layer_job import Job
+from m27quant.job import Job
 from m27quant.plan import Unit
 from m27quant.progress import Progress
 from m27quant.quantize import quantize_checkpoint

@@ -28,6 +28,7 @@ import torch._dynamo  # loaded at the first optimizer's step
 
 import m27quant.checkpoint.card
 import m27quant.cli.app
+import m27quant.job
 import m27quant.layer_job
 import m27quant.quantize
 import m27quant.recipes.loader
@@ -79,7 +80,7 @@ def deaf() -> None:
     set_attribute("m27quant.quantize.Job", lambda **fields: Job(**fields | {"stop": lambda: None}))
 
 
-Job = m27quant.layer_job.Job
+Job = m27quant.job.Job
 
 
 def limit(name: str, value: int) -> None:
