@@ -72,6 +72,7 @@ def train(
     device: shared.Device = "auto",
     activations: run_options.Activations = "auto",
     kv_cache_dtype: run_options.KvCacheDtype = "auto",
+    no_verify: run_options.NoVerify = False,
     revision: shared.Revision = None,
     offline: shared.Offline = False,
     token: shared.HubToken = None,
@@ -121,8 +122,8 @@ def train(
 
     with graceful(output, resume_command()) as stop, show(output, enabled=not no_progress) as progress:
         result = train_drafter(
-            kind, target, data, out, chosen, command=command_line({}), progress=progress, stop=stop,
-            say=say,
+            kind, target, data, out, chosen, command=command_line({}), check=not no_verify, progress=progress,
+            stop=stop, say=say,
         )  # fmt: skip
     output.result(_document(result), human=_summary(result), quiet=result.out)
 

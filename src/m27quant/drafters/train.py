@@ -73,6 +73,7 @@ def train_drafter(
     options: TrainOptions | None = None,
     *,
     command: str | None = None,
+    check: bool = True,
     progress: ProgressCallback = ignore,
     stop: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = log.info,
@@ -89,6 +90,7 @@ def train_drafter(
         out: folder to create.
         options: see `TrainOptions`.
         command: what the model card is to say the drafter was made with.
+        check: compare an NVFP4 target with verify's rules first.
         progress: called with snapshots of the work.
         stop: called at every step; raises `Interrupted` to end the run resumably.
         say: told what was decided.
@@ -113,7 +115,7 @@ def train_drafter(
         plan = prepare(kind, str(target), paths, options, ranks.size, say)
         if (done := by_first(ranks, lambda: _finished(folder, plan, options))) is not None:
             return _result(out, done, started, was_complete=True)
-        run = _Run(plan, options, folder, ranks, device, progress, stop, say)
+        run = _Run(plan, options, folder, ranks, device, check, progress, stop, say)
         by_first(
             ranks,
             lambda: folder.open(
@@ -167,6 +169,7 @@ class _Run:
         folder: TrainingFolder,
         ranks: Ranks,
         device: torch.device,
+        check: bool,
         progress: ProgressCallback,
         stop: Callable[[], None],
         say: Callable[[str], None],
@@ -179,7 +182,7 @@ class _Run:
         size = DEFAULT_CACHE if options.cache_size is None else options.cache_size
         self.states = TargetStates.open(
             plan.target, _run_options(options, device), cache_folder=self._cache if size else None,
-            cache_bytes=size, revision=options.revision, offline=options.offline, token=options.token,
+            cache_bytes=size, check=check, revision=options.revision, offline=options.offline, token=options.token,
             say=say if self.is_first else lambda line: None,
         )  # fmt: skip
         dtype = {"bf16": torch.bfloat16, "f32": torch.float32}[recipe.dtype]
