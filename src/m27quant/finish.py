@@ -56,7 +56,7 @@ def build_result(
         fingerprint=fingerprint,
         source={"name": base_model, "repo_id": location.repo_id, "commit": location.commit},
         recipe=shown_recipe(prepared),
-        calibration=_calibration(prepared, dropped),
+        calibration=_calibration(prepared, dropped) | _asked(fingerprint),
         records=records,
         shards={
             final: {key: f[key] for key in ("size", "sha256", "xxh3_128") if key in f}
@@ -117,6 +117,11 @@ def _calibration(prepared: Prepared, dropped: Sequence[int]) -> dict[str, Any]:
         "tokens_sha256": prepared.sequences.digest,
         "dropped_rows": sorted(dropped),
     }
+
+
+def _asked(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What input ranges are, where they are not the largest values."""
+    return {key: fingerprint[key] for key in ("input_range",) if key in fingerprint}
 
 
 def _findings(records: Sequence[Mapping[str, Any]], dropped: Sequence[int]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 from m27quant.calib.activations import Chunk
 from m27quant.calib.data import Sequences
+from m27quant.calib.input_ranges import InputRange
 from m27quant.calib.layerwise import Dropped
 from m27quant.calib.memory import MemoryPlan
 from m27quant.checkpoint.source import Source
@@ -33,6 +34,7 @@ class Job:
     """The folder of what is durable but not yet part of a checkpoint."""
     ranks: Ranks
     dropped: Dropped
+    input_range: InputRange
     packs: bool
     """False where only ranges are wanted."""
     progress: ProgressCallback

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from m27quant.calib.activations import ROW_DTYPE, Chunk, FileRows, MemoryRows, Rows, load_rows, save_rows
+from m27quant.calib.input_ranges import BlockMaxima
 from m27quant.calib.layerwise import (
     LayerRanges,
     count_tokens,
@@ -30,12 +31,13 @@ from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.writer import ShardSet, WrittenFile, open_shards
 from m27quant.job import Job
 from m27quant.layer_progress import Reporter as _Reporter
+from m27quant.layer_statistics import channel_weights, narrow_inputs
 from m27quant.pack import PackStats, block_scales, merged_stats, relative_errors, stream_experts
 from m27quant.plan import Unit, norm_and_router_names
 from m27quant.runtime.layer import AttentionWeights, RouterWeights
 from m27quant.runtime.loader import attention_weights, refuse_non_finite, router_weights
 from m27quant.scales import write_scales
-from m27quant.shared import shared_file, shared_shards, shared_sum
+from m27quant.shared import shared_file, shared_shards
 
 CALIBRATING = 0.9
 """Of a layer's time, where its experts are packed afterwards."""
@@ -106,6 +108,7 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
     started = time.monotonic()
     full = job.plan.resolved.moe_calib == "full"
     moments = Moments(job.source.config, job.device) if job.plan.resolved.algorithm == "awmse" else None
+    maxima = None if job.input_range.is_maximum else BlockMaxima(job.source.config, job.device)
     with _layer_rows(job, hidden) as (rows, moe_out):
         reporter = _Reporter(job, unit.layer, started, CALIBRATING if moments else 1.0)
         with _shards(job, unit, written) if job.packs else nullcontext() as shards:
@@ -133,11 +136,13 @@ def run_layer(job: Job, unit: Unit, hidden: Path, *, last: bool) -> dict[str, An
                 ranges,
                 full=full,
                 tick=reporter.expert,
-                moments=moments,
+                observers=[observer for observer in (moments, maxima) if observer is not None],
             )
             record: dict[str, Any] = {}
+            if maxima is not None:
+                record["saturated_inputs"] = narrow_inputs(job, unit.layer, maxima, ranges)
             if moments is not None and shards is not None:
-                channels = _channel_weights(job, unit.layer, routed, moments)
+                channels = channel_weights(job, unit.layer, routed, moments)
                 _pack_experts(job, unit.layer, shards, stats, reporter, channels)
                 record["moments_sha256"] = channels.sha256
             found = ranks.gather("ranges", asdict(ranges), job.stop)
@@ -199,16 +204,6 @@ def _pack_experts(
     )
     for number, _ in enumerate(packed, start=1):
         reporter.packed(number / len(mine))
-
-
-def _channel_weights(job: Job, layer: int, routed: Routings, moments: Moments) -> ChannelWeights:
-    """What errors count, by what all ranks' tokens were."""
-    counted = LayerRanges()
-    count_tokens(routed, job.chunks, job.dropped, counted, full=True)
-    everywhere = job.ranks.gather("counted", asdict(counted), job.stop)
-    total = merged([LayerRanges(**counts) for counts in everywhere])
-    shared_sum(job.ranks, job.stop, job.work / f"moments-{layer:04d}.bin", moments.sums)
-    return moments.weights(total.routed_tokens, total.seen_tokens[0])
 
 
 def _shards(job: Job, unit: Unit, written: list[WrittenFile]) -> AbstractContextManager[ShardSet]:

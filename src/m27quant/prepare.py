@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 
 import m27quant
 from m27quant.calib.data import Sequences, assumed_sequences, is_local, load_sequences, parse_dataset
+from m27quant.calib.input_ranges import InputRange, block_maxima_bytes
 from m27quant.calib.memory import MemoryPlan, plan_memory
 from m27quant.calib.moments import moments_bytes
 from m27quant.calib.ranges_file import Calibrated, read_calibrated
@@ -60,6 +61,15 @@ class Options:
     """Pack by this calibration.json instead of calibrating; data and their options are those it was made with."""
     layers: tuple[int, int | None] | None = None
     """With `ranges`: only layers [first, end), as a part for `assemble_checkpoint`; None is the last layer's end."""
+    input_scale_headroom: float = 1.0
+    """What the experts' input ranges are multiplied by."""
+    input_scale_percentile: float = 100.0
+    """Which percentile of the largest values of blocks of 16 an input range is; 100 is the largest of all."""
+
+    @property
+    def input_range(self) -> InputRange:
+        """Both of them; `UsageError` where one is out of bounds."""
+        return InputRange(self.input_scale_headroom, self.input_scale_percentile)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +106,8 @@ class Prepared:
         """What must be the same for a run to be continued."""
         identity = json.dumps(self.source.identity(), sort_keys=True)
         canonical = self.recipe.canonical()
-        return {
+        asked = {} if options.input_range.is_maximum else {"input_range": asdict(options.input_range)}
+        return asked | {
             "source": _digest(identity),
             "source_commit": self.source.location.commit,
             "recipe": _digest(json.dumps([canonical["quant_cfg"], canonical["algorithm"]], sort_keys=True)),
@@ -118,7 +129,7 @@ def prepare(
     """
     calibrated = _calibrated(options)
     recipe = _recipe(options, calibrated)
-    _refuse_lost_moments(recipe, options)
+    _refuse_lost_statistics(recipe, options)
     device = pick_device(options.device)
     location = locate(
         model, revision=options.revision, offline=options.offline, token=options.token, weights=fetch
@@ -161,9 +172,15 @@ def _calibrated(options: Options) -> Calibrated | None:
     return read_calibrated(Path(options.ranges))
 
 
-def _refuse_lost_moments(recipe: Recipe, options: Options) -> None:
-    """Raise `UsageError` where a calibration and the packing by it are to be two runs, but ranges are not enough."""
-    if recipe.quantize.algorithm.method == "awmse" and (options.calibrate_only or options.ranges is not None):
+def _refuse_lost_statistics(recipe: Recipe, options: Options) -> None:
+    """Raise `UsageError` where a calibration and the packing by it are to be two runs, but maxima are not enough."""
+    in_two_runs = options.calibrate_only or options.ranges is not None
+    if not options.input_range.is_maximum and in_two_runs:
+        raise UsageError(
+            "--input-scale-headroom and --input-scale-percentile need calibration and packing in one run",
+            hint="leave out --calibrate-only and --ranges",
+        )
+    if recipe.quantize.algorithm.method == "awmse" and in_two_runs:
         raise UsageError(
             f"recipe '{escape(recipe.name)}' packs by second moments, which calibration.json does not hold",
             hint="calibrate and pack in one run, on several ranks where it should be faster",
@@ -218,7 +235,7 @@ def _decide(
         longest=max(sequences.lengths),
         device=device,
         budget=budget,
-        beside=kept_beside(plan.resolved, source.config, device),
+        beside=kept_beside(plan.resolved, source.config, device, options),
     )
     return Prepared(
         source=source,
@@ -235,9 +252,10 @@ def _decide(
     )
 
 
-def kept_beside(resolved: ResolvedRecipe, config: M2Config, device: torch.device) -> int:
-    """Bytes that the recipe's statistics take beside everything else."""
-    return moments_bytes(config, device) if resolved.algorithm == "awmse" else 0
+def kept_beside(resolved: ResolvedRecipe, config: M2Config, device: torch.device, options: Options) -> int:
+    """Bytes that statistics other than maxima take beside everything else."""
+    moments = moments_bytes(config, device) if resolved.algorithm == "awmse" else 0
+    return moments + (0 if options.input_range.is_maximum else block_maxima_bytes(config, device))
 
 
 def _sequences(source: Source, recipe: Recipe, options: Options, fetch: bool) -> tuple[Sequences, list[str]]:

@@ -252,6 +252,7 @@ def _job(
         work=work,
         ranks=ranks,
         dropped=Dropped(len(lengths), {*begun["dropped"], *(calibrated.dropped if calibrated else ())}),
+        input_range=options.input_range,
         packs=not options.calibrate_only,
         progress=progress,
         stop=stop,

@@ -30,6 +30,6 @@ def share_of(
             device=prepared.device,
             budget=prepared.budget if options.max_memory else prepared.budget // ranks.local_size,
             chunk_tokens=chunk_tokens,
-            beside=kept_beside(prepared.plan.resolved, prepared.source.config, prepared.device),
+            beside=kept_beside(prepared.plan.resolved, prepared.source.config, prepared.device, options),
         )
     return mine, memory

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from m27quant.calib.activations import Chunk, Rows
-from m27quant.calib.moments import Moments
 from m27quant.calib.routing import Routings
 from m27quant.checkpoint.config import M2Config
 from m27quant.errors import CalibrationError
@@ -162,6 +162,16 @@ def drop_non_finite(chunk: Chunk, x: torch.Tensor, dropped: Dropped) -> torch.Te
     return x
 
 
+class Observer(Protocol):
+    """What else is to be known of the experts' inputs than their largest values."""
+
+    def add_inputs(self, h_TD: torch.Tensor) -> None:
+        """A chunk of the MoE's input: once, not for every expert."""
+
+    def add(self, expert: int, routed_h: torch.Tensor, act: torch.Tensor, routed_act: torch.Tensor) -> None:
+        """A chunk through one expert: its input on routed tokens, its activation on all that count and on these."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
     """One expert in BF16: w1 [I, D], w2 [D, I], w3 [I, D]."""
@@ -184,12 +194,11 @@ def run_experts(
     *,
     full: bool,
     tick: Callable[[int], None],
-    moments: Moments | None = None,
+    observers: Sequence[Observer] = (),
 ) -> None:
     """out := the MoE's output for all tokens of `rows`; ranges of every expert's w2 input.
 
     `full` measures over every token, else over the routed ones alone, which then share their largest.
-    `moments`, where they are wanted, need `full`.
     Experts add up in ascending order whatever the groups are.
     """
     ranges.w2_input_amax = [0.0] * config.num_local_experts
@@ -198,11 +207,11 @@ def run_experts(
         for chunk, assigned in zip(chunks, routed, strict=True):
             h = M.moe_input(rows.read(chunk), router, config)
             y = torch.zeros_like(h) if first else out.read(chunk)
-            if first and moments is not None:
-                moments.add_inputs(h)
+            for observer in observers if first else ():
+                observer.add_inputs(h)
             seen = []
             for expert in group:
-                seen.append(_run_expert(expert, h, y, assigned[expert.index], full, moments))
+                seen.append(_run_expert(expert, h, y, assigned[expert.index], full, observers))
                 tick(expert.index)
             out.write(chunk, y)
             # one transfer per chunk: asking for each maximum would make an accelerator wait
@@ -221,7 +230,7 @@ def _run_expert(
     y: torch.Tensor,
     to: M.Assignment,
     full: bool,
-    moments: Moments | None,
+    observers: Sequence[Observer],
 ) -> torch.Tensor:
     """Add the expert's share to y; returns the amax of w2's input as a scalar tensor."""
     if full:
@@ -231,8 +240,10 @@ def _run_expert(
         act = routed_act = M.gated_activation(h[to.rows], expert.w1, expert.w3)
     else:
         return h.new_zeros(())
-    if moments is not None:
-        moments.add(expert.index, h[to.rows], act, routed_act)
+    if observers:
+        routed_h = h[to.rows]
+        for observer in observers:
+            observer.add(expert.index, routed_h, act, routed_act)
     if len(to.rows):
         M.add_expert(y, routed_act, expert.w2, to)
     return amax_tensor(act)

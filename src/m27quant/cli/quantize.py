@@ -64,6 +64,22 @@ MoeCalib = Annotated[
         help="full: every expert sees every token, as with top-k forced to all; natural: routed ones only.",
     ),
 ]
+InputScaleHeadroom = Annotated[
+    float,
+    typer.Option(
+        metavar="FACTOR",
+        help="Multiply the experts' input ranges: above 1 for values beyond those seen, below 1 clips.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+InputScalePercentile = Annotated[
+    float,
+    typer.Option(
+        metavar="P",
+        help="Input ranges that all but 100 - P percent of blocks of 16 stay within; 100: the largest value.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.", rich_help_panel=RUN)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what m27quant made in OUT before.", rich_help_panel=RUN)
@@ -87,6 +103,8 @@ def quantize(
     num_samples: NumSamples = None,
     seq_len: SeqLen = None,
     moe_calib: MoeCalib = None,
+    input_scale_headroom: InputScaleHeadroom = 1.0,
+    input_scale_percentile: InputScalePercentile = 100.0,
     seed: shared.Seed = 0,
     device: shared.Device = "auto",
     max_memory: shared.MaxMemory = None,
@@ -134,6 +152,8 @@ def quantize(
         num_samples=num_samples,
         seq_len=seq_len,
         moe_calib=moe_calib,  # type: ignore[arg-type]  # checked above
+        input_scale_headroom=input_scale_headroom,
+        input_scale_percentile=input_scale_percentile,
         device=device,
         max_memory=max_memory,
         max_shard_size=max_shard_size or DEFAULT_SHARD_BYTES,
