@@ -86,6 +86,31 @@ def test_bad_completions_are_named(
     assert error_of(answer)["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("path", "change", "words"),
+    [
+        (COMPLETIONS, {"prompt": []}, "at least 1 item"),
+        (COMPLETIONS, {"stop": ["a"] * 17}, "at most 16 items"),
+        (COMPLETIONS, {"suffix": "x"}, "leave it out"),
+        (COMPLETIONS, {"logit_bias": {"5": 1}}, "leave it out"),
+        (CHAT, {"response_format": {"type": "json_schema", "json_schema": {}}}, "only text"),
+    ],
+)
+def test_the_words_are_those_of_what_was_meant(
+    http: httpx.Client, path: str, change: dict[str, Any], words: str
+) -> None:
+    answer = post(http, path, (GO_ON if path == COMPLETIONS else HELLO) | change)
+    assert answer.status_code == 400
+    assert words in error_of(answer)["message"]
+
+
+def test_head_is_get_without_a_body(http: httpx.Client) -> None:
+    for path in ("/", "/health", "/v1/models"):
+        answer = http.head(path)
+        assert (answer.status_code, answer.content) == (200, b"")
+        assert answer.headers["content-type"] == http.get(path).headers["content-type"]
+
+
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 DEEP: Any = {}
 for _ in range(100):
@@ -115,6 +140,7 @@ for _ in range(100):
         ({"chat_template_kwargs": {"a": {}}}, "chat_template_kwargs.a"),
         ({"response_format": {"type": "json_object"}}, "response_format.type"),
         ({"top_logprobs": 100}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
         ({"functions": []}, "functions"),
     ],
 )  # fmt: skip

@@ -105,6 +105,12 @@ def test_requests_have_limits(tiny: LLM) -> None:
         assert unlimited["usage"]["completion_tokens"] == 4
 
 
+def test_a_completion_that_says_nothing_of_it_has_16_tokens(http: httpx.Client) -> None:
+    for said, count in (({}, 16), ({"max_tokens": None, "stop": "never"}, 40)):
+        asked = {"prompt": [300] * (2048 - 40), "ignore_eos": True, **said}
+        assert http.post(COMPLETIONS, json=asked).json()["usage"]["completion_tokens"] == count
+
+
 def test_a_full_queue_refuses_and_recovers(tiny: LLM) -> None:
     most = tiny.options.max_num_seqs
     with serving(tiny, max_queue=1) as server, client_of(server) as http:
@@ -117,6 +123,8 @@ def test_a_full_queue_refuses_and_recovers(tiny: LLM) -> None:
             assert refused.status_code == 429
             assert 1 <= int(refused.headers["retry-after"]) <= 60
             assert error_of(refused)["type"] == "rate_limit_error"
+            never = http.post(COMPLETIONS, json=SHORT | {"n": most + 2})  # however long one waits
+            assert (never.status_code, error_of(never)["param"]) == (400, "n")
         until(lambda: is_idle(tiny))
         assert http.post(COMPLETIONS, json=SHORT | {"n": 2}).is_success
 

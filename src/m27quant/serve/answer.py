@@ -101,9 +101,13 @@ async def _send_json(send: Send, status: int, body: bytes, headers: dict[str, st
 
 def refuse_overload(worker: Worker, options: ServerOptions, wanted: int) -> None:
     """Raise 429 where the queue has no room for so many answers more."""
-    most = worker.llm.options.max_num_seqs + options.max_queue
-    if worker.num_live + wanted > most:
+    if worker.num_live + wanted > most_live(worker, options):
         raise overloaded(retry_after(worker))
+
+
+def most_live(worker: Worker, options: ServerOptions) -> int:
+    """Answers that may run or wait at a time."""
+    return worker.llm.options.max_num_seqs + options.max_queue
 
 
 def retry_after(worker: Worker) -> int:

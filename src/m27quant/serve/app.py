@@ -20,7 +20,7 @@ from m27quant.errors import UsageError, escape
 from m27quant.runtime.api import LLM
 from m27quant.runtime.generation import Prescription
 from m27quant.serve import openapi
-from m27quant.serve.answer import Answer, refuse_overload
+from m27quant.serve.answer import Answer, most_live, refuse_overload
 from m27quant.serve.chat import ChatForm, prompt_of
 from m27quant.serve.completion import CompletionForm, prompts_of
 from m27quant.serve.errors import (
@@ -103,6 +103,10 @@ class Service:
         self._check_name(asked.model)
         if asked.stream_options is not None and not asked.stream:
             raise invalid("stream_options are for a stream: pass stream", param="stream_options")
+        if isinstance(asked, ChatRequest) and asked.top_logprobs and not asked.logprobs:
+            raise invalid(
+                "top_logprobs are reported with logprobs alone: pass logprobs", param="top_logprobs"
+            )
         most = self.options.max_tokens
         if most is not None and (asked.wanted_tokens or 0) > most:
             raise invalid(f"an answer has at most {most} tokens on this server", param="max_tokens")
@@ -114,6 +118,11 @@ class Service:
         if form.num_choices > self.options.max_choices:
             raise invalid(
                 f"a request has at most {self.options.max_choices} answers on this server", param="n"
+            )
+        if form.num_choices > most_live(self.worker, self.options):
+            raise invalid(
+                f"{form.num_choices} answers never fit at once: {most_live(self.worker, self.options)} run or wait",
+                param="n",
             )
         for prompt in prompts:
             self._check_length(prompt)

@@ -17,6 +17,14 @@ from m27quant.serve.errors import invalid
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
+COMPLETION_TOKENS = 16
+"""Of a completion that says nothing of it, as in OpenAI's interface; null is as many as fit."""
+LACKING = {
+    "response_format": "only text: nothing here holds the model to JSON or a schema",
+    "logit_bias": "the runtime has none: leave it out",
+    "suffix": "the model fills nothing in: leave it out",
+}
+"""What OpenAI's interface has, and this one refuses."""
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -93,12 +101,15 @@ class Settings(Strict):
                 temperature=self.temperature, top_k=0 if self.top_k == -1 else self.top_k, top_p=self.top_p,
                 min_p=self.min_p, repetition_penalty=self.repetition_penalty,
                 presence_penalty=self.presence_penalty or 0.0, frequency_penalty=self.frequency_penalty or 0.0,
-                max_tokens=self.wanted_tokens or most, min_tokens=self.min_tokens or 0, stop=stop,
+                max_tokens=self._most_tokens(most), min_tokens=self.min_tokens or 0, stop=stop,
                 stop_token_ids=tuple(self.stop_token_ids or ()), ignore_eos=bool(self.ignore_eos), seed=seed,
                 logprobs=self.num_logprobs, skip_special_tokens=self.skip_special_tokens is not False,
             )  # fmt: skip
         except UsageError as fault:
             raise invalid(fault.message, param=fault.message.split()[0]) from None
+
+    def _most_tokens(self, most: int | None) -> int | None:
+        return self.wanted_tokens or most
 
 
 class CompletionRequest(Settings):
@@ -123,6 +134,11 @@ class CompletionRequest(Settings):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    def _most_tokens(self, most: int | None) -> int | None:
+        if "max_tokens" not in self.model_fields_set:
+            return COMPLETION_TOKENS if most is None else min(COMPLETION_TOKENS, most)
+        return super()._most_tokens(most)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -255,14 +271,20 @@ def parse(kind: type[Request], body: bytes) -> tuple[Request, dict[str, Any]]:
 
 
 def _invalid(fault: ValidationError) -> Exception:
-    """The first thing that is wrong.  Of a union's branches the one that got furthest is the one that was meant."""
+    """The first thing that is wrong.
+
+    Of a union's branches the one that got furthest is the one that was meant, and rather one of the right type.
+    """
     errors = fault.errors(include_url=False, include_input=False, include_context=False)
     top = errors[0]["loc"][:1]
-    first = max((e for e in errors if e["loc"][:1] == top), key=lambda e: len(e["loc"]))
+    first = max(
+        (e for e in errors if e["loc"][:1] == top),
+        key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")),
+    )
     place = escape(".".join(str(part) for part in first["loc"] if _is_place(part)))
     if first["type"] == "extra_forbidden":
         return invalid(f"unrecognized request argument: {place}", param=place, code="unknown_parameter")
-    text = first["msg"]
+    text = LACKING.get(str(top[0]) if top else "") or first["msg"].replace(" after validation", "")
     return invalid(f"{place}: {text[:1].lower()}{text[1:]}" if place else text, param=place or None)
 
 
