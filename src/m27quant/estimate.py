@@ -31,7 +31,7 @@ from m27quant.plan import disk_needed
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.quantize import log
 from m27quant.runtime.layer import gated_activation
-from m27quant.shares import share_of
+from m27quant.shares import share_of, sums_on_disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,12 @@ def dry_run(
             peak_memory_bytes=memory.peak_bytes,
             peak_device_bytes=memory.device_peak_bytes,
             rows_in_memory=memory.rows_in_memory,
-            peak_disk_bytes=disk_needed(plan, prepared.hidden_bytes, rows_in_memory=memory.rows_in_memory),
+            peak_disk_bytes=disk_needed(
+                plan,
+                prepared.hidden_bytes,
+                rows_in_memory=memory.rows_in_memory,
+                sums=sums_on_disk(prepared, options, ranks),
+            ),
             num_samples=len(prepared.sequences.lengths),
             num_tokens=prepared.sequences.num_tokens,
             device=str(prepared.device),

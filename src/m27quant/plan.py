@@ -110,10 +110,13 @@ def _copied(source: Source, name: str) -> TensorSpec:
     return TensorSpec(name, info.dtype, info.shape)
 
 
-def disk_needed(plan: Plan, hidden_bytes: int, *, rows_in_memory: bool) -> int:
-    """Most bytes that a fresh run has on disk at once: all shards, two hidden states, scratch where rows spill."""
+def disk_needed(plan: Plan, hidden_bytes: int, *, rows_in_memory: bool, sums: int = 0) -> int:
+    """Most bytes that a fresh run has on disk at once: all shards, two hidden states, scratch where rows spill.
+
+    `sums` are those of statistics that ranks add up through a file.
+    """
     scratch = 0 if rows_in_memory else 2 * hidden_bytes
-    return plan.shard_bytes + 2 * hidden_bytes + scratch + DISK_SLACK
+    return plan.shard_bytes + 2 * hidden_bytes + scratch + sums + DISK_SLACK
 
 
 def check_disk(out: Path, needed: int) -> None:

@@ -24,18 +24,18 @@ from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.workspace import Workspace, check_same, differences
 from m27quant.distributed.ranks import ALONE, Ranks
 from m27quant.errors import UsageError
-from m27quant.finish import build_result, is_hidden, output_names
+from m27quant.finish import build_result, output_names
 from m27quant.job import Job
 from m27quant.layer_job import pack_layer, run_embed, run_head, run_layer
 from m27quant.parts import finish_calibration, finish_part
-from m27quant.plan import HEAD, Unit, check_disk, check_paths, disk_needed
+from m27quant.plan import HEAD, Unit, check_paths
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.runlog import RunLog
 from m27quant.runtime.device import device_fault
 from m27quant.runtime.host_memory import limit_caches, peak_rss_bytes, rss_bytes
 from m27quant.shares import share_of
-from m27quant.standing import check_done_units, state, units_to_do
+from m27quant.standing import check_done_units, check_room, state, units_to_do
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _run(
     )
     if journal.find("commit") is None:
         check_done_units(workspace)
-        _check_room(prepared, workspace, job)
+        check_room(prepared, options, workspace, job)
         ranks.share("begin", begun, stop)
         hidden = begun["hidden"]
         for unit in units_to_do(prepared.plan, options):
@@ -257,14 +257,6 @@ def _job(
         progress=progress,
         stop=stop,
     )
-
-
-def _check_room(prepared: Prepared, workspace: Workspace, job: Job) -> None:
-    """Whether what is left to do fits on the disk."""
-    done = workspace.journal.all("unit")
-    written = sum(f["size"] for e in done for f in e["files"] if not is_hidden(f))
-    needed = disk_needed(prepared.plan, prepared.hidden_bytes, rows_in_memory=job.memory.rows_in_memory)
-    check_disk(workspace.out, needed - written)
 
 
 def _run_unit(

@@ -8,6 +8,12 @@ from m27quant.distributed.ranks import Ranks
 from m27quant.prepare import Options, Prepared, kept_beside
 
 
+def sums_on_disk(prepared: Prepared, options: Options, ranks: int) -> int:
+    """Bytes, at most, of the file through which several ranks add up a layer's statistics."""
+    one = kept_beside(prepared.plan.resolved, prepared.source.config, prepared.device, options)
+    return one * ranks if ranks > 1 else 0
+
+
 def share_of(
     prepared: Prepared, options: Options, ranks: Ranks, chunk_tokens: int
 ) -> tuple[list[Chunk], MemoryPlan]:

@@ -10,8 +10,10 @@ from m27quant.checkpoint.journal import Journal
 from m27quant.checkpoint.workspace import Workspace
 from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.finish import is_hidden
-from m27quant.plan import EMBED, HEAD, Plan, Unit
-from m27quant.prepare import Options
+from m27quant.job import Job
+from m27quant.plan import EMBED, HEAD, Plan, Unit, check_disk, disk_needed
+from m27quant.prepare import Options, Prepared
+from m27quant.shares import sums_on_disk
 
 
 def units_to_do(plan: Plan, options: Options) -> list[Unit]:
@@ -64,6 +66,19 @@ def check_done_units(workspace: Workspace) -> None:
                 f"{escape(workspace.out)}: files of step '{entry['name']}' are missing or damaged",
                 hint="the disk may be failing; start again with --overwrite",
             )
+
+
+def check_room(prepared: Prepared, options: Options, workspace: Workspace, job: Job) -> None:
+    """Whether what is left to do fits on the disk."""
+    done = workspace.journal.all("unit")
+    written = sum(f["size"] for e in done for f in e["files"] if not is_hidden(f))
+    needed = disk_needed(
+        prepared.plan,
+        prepared.hidden_bytes,
+        rows_in_memory=job.memory.rows_in_memory,
+        sums=sums_on_disk(prepared, options, job.ranks.size),
+    )
+    check_disk(workspace.out, needed - written)
 
 
 def newest_with_hidden(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -42,7 +42,7 @@ def set_attribute(path: str, value: Any) -> None:
 
 def without_disk_check() -> None:
     """Begin whatever the disk has."""
-    set_attribute("m27quant.quantize.check_disk", lambda out, needed: None)
+    set_attribute("m27quant.standing.check_disk", lambda out, needed: None)
 
 
 def with_process_id(pid: int) -> None:
