@@ -193,7 +193,7 @@ def test_there_has_to_be_a_server_and_one_model(task: str) -> None:
     with serving(Behaviour(models=[])) as (url, _), pytest.raises(EnvironmentFault, match="names no model"):
         bench_server(url, options(task))
     with serving(Behaviour()) as (url, _), pytest.raises(EnvironmentFault, match="HTTP 404"):
-        bench_server(url.removesuffix("/v1"), options(task))
+        bench_server(f"{url}/v2", options(task))
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,9 @@ def test_no_such_kind(inputs: tuple[str, ...], tmp_path: Path, capsys: pytest.Ca
     assert "no such kind of drafter" in capsys.readouterr().err
 
 
-def test_every_option_reaches_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_option_reaches_the_trainer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     taken: list[Any] = []
 
     def train(kind: str, target: str, data: list[str], out: Path, options: TrainOptions, **rest: Any) -> Any:
@@ -105,6 +107,7 @@ def test_every_option_reaches_the_trainer(monkeypatch: pytest.MonkeyPatch, tmp_p
         option = "--layers" if name == "num_layers" else "--" + name.replace("_", "-")
         argv += [option] if value is True else [option, str(value)]
     assert main(argv) == 2
+    assert "enough" in capsys.readouterr().err
     kind, target, data, out, options = taken
     assert (kind, target, data, out) == ("dflash", "T", ["A", "B"], Path("O"))
     expected = given | {"taps": (1, 2), "train_block_sizes": (4, 6), "loss": 1.0, "cache_size": 0}
