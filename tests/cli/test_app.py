@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import m27quant as package
+from m27quant.cli.app import main
 from tests.cli.conftest import Run
 
 # Scripts rely on these numbers: a change here is a change of the contract in docs/cli.md.
@@ -217,3 +220,15 @@ def test_an_ascii_terminal_shows_escapes(locale: dict[str, str], m27quant: Run) 
     process = m27quant("gr\u00fc\u00df", env=locale)
     assert process.returncode == 2
     assert process.stderr.isascii()
+
+
+def test_a_stdout_without_a_buffer_stays_open(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever calls `main` from Python goes on with it."""
+    with (tmp_path / "out").open("wb", buffering=0) as raw:
+        theirs = io.TextIOWrapper(raw, write_through=True)
+        monkeypatch.setattr(sys, "stdout", theirs)
+        assert main(["--version"]) == 0
+        monkeypatch.undo()
+        gc.collect()
+        theirs.write("more")
+    assert (tmp_path / "out").read_text().endswith("more")

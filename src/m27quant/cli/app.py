@@ -16,7 +16,20 @@ from typing import Annotated
 import typer
 
 import m27quant
-from m27quant.cli import assemble, bench, env, explain, inspect, pull, push, quantize, report, run, serve, verify
+from m27quant.cli import (
+    assemble,
+    bench,
+    env,
+    explain,
+    inspect,
+    pull,
+    push,
+    quantize,
+    report,
+    run,
+    serve,
+    verify,
+)
 from m27quant.cli.drafter import drafter_app
 from m27quant.cli.output import Mode, Output
 from m27quant.cli.recipe import recipe_app
@@ -177,7 +190,7 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
     raw = getattr(sys.stdout, "buffer", None)
     if isinstance(raw, io.RawIOBase):  # PYTHONUNBUFFERED: Python would drop the rest of a partial write.
-        buffer = io.BufferedWriter(raw)
+        buffer = io.BufferedWriter(io.FileIO(raw.fileno(), "wb", closefd=False))  # who has it keeps it
         sys.stdout = io.TextIOWrapper(buffer, sys.stdout.encoding, sys.stdout.errors, line_buffering=True)
 
 
