@@ -19,8 +19,9 @@ from m27quant import RunOptions, SamplingParams
 from m27quant.checkpoint.tokenizer import Tokenizer
 from m27quant.drafters.generate import DataOptions, DataResult, generate_drafter_data
 from m27quant.drafters.heldout import heldout_samples
+from m27quant.drafters.prompts import Prompts
 from m27quant.drafters.samples import read_manifest, read_samples
-from m27quant.drafters.text_data import Cut, Prompts, open_source
+from m27quant.drafters.text_data import Cut, open_source
 from m27quant.errors import Interrupted, M27Error
 
 SAMPLED = SamplingParams(max_tokens=6, temperature=1.0)

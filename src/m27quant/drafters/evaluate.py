@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from m27quant.calib.data import parse_dataset
 from m27quant.checkpoint.hub import locate
-from m27quant.checkpoint.paths import existing
-from m27quant.checkpoint.quantized import QuantizedSource, open_checkpoint
 from m27quant.drafters.compare import paired_difference
+from m27quant.drafters.eval_plan import check_named, many, modes_of
 from m27quant.drafters.evaluation import EvalOptions, EvalResult, EvalRow, TargetMode
 from m27quant.drafters.heldout import heldout_samples
 from m27quant.drafters.metrics import AcceptanceStats, total
 from m27quant.drafters.proxy import Proxy, Trained, pooled, teacher_forced
-from m27quant.drafters.samples import Sample, read_manifest, sample_of
+from m27quant.drafters.samples import Sample, sample_of
 from m27quant.drafters.states import TargetStates
 from m27quant.drafters.walk import Text, repeated_share, walk
 from m27quant.errors import UsageError, escape
@@ -32,7 +29,7 @@ from m27quant.runtime.generation import SamplingParams, derived_seed
 from m27quant.runtime.options import RunOptions
 from m27quant.runtime.speculative.choose import NGRAM, make_named
 from m27quant.runtime.speculative.eagle3 import Eagle3Drafter
-from m27quant.runtime.speculative.load import DrafterOptions, read_drafter
+from m27quant.runtime.speculative.load import DrafterOptions
 from m27quant.runtime.speculative.ngram import NgramDrafter
 from m27quant.runtime.speculative.proposal import Drafter
 from m27quant.runtime.speculative.tree import num_candidates
@@ -87,17 +84,17 @@ def evaluate_drafter(
         CheckpointError: a checkpoint or a data set that is damaged, a drafter that is not for the target.
         EnvironmentFault: memory, disk, network.
     """
-    names, folders = _many(drafters), _many(targets)
+    names, folders = many(drafters), many(targets)
     if not names or not folders:
         raise UsageError("nothing to measure", hint="name a drafter and a target")
     options, run_options = options or EvalOptions(), run_options or RunOptions()
     reach: dict[str, Any] = {"offline": offline, "token": token}
     located: dict[str, Any] = {"revision": revision, **reach}
-    _check_named(names, folders, str(dataset), options, located)
+    check_named(names, folders, str(dataset), options, located)
     plan = [
         (target, is_quantized, mode)
         for target in folders
-        for is_quantized, mode in _modes(target, activations, kv_cache_dtypes, located)
+        for is_quantized, mode in modes_of(target, activations, kv_cache_dtypes, located)
     ]
     rows: list[EvalRow] = []
     num_prompts, num_tokens, invariant = 0, 0, True
@@ -127,42 +124,6 @@ def evaluate_drafter(
         rows=tuple(_with_differences(rows)), dataset=str(dataset), num_prompts=num_prompts, num_tokens=num_tokens,
         options=options, invariant=invariant, command=command,
     )  # fmt: skip
-
-
-def _check_named(
-    names: Sequence[str], targets: Sequence[str], dataset: str, options: EvalOptions, located: dict[str, Any]
-) -> None:
-    """A slip is heard of before a target is loaded."""
-    reach = {key: value for key, value in located.items() if key != "revision"}
-    for target in targets:
-        with open_checkpoint(locate(target, **located)) as source:
-            config = source.config
-        for name in names:
-            if name != NGRAM:
-                given = DrafterOptions(tap_offset=options.tap_offset, rope_theta=options.rope_theta)
-                read_drafter(locate(name, **reach).folder, config, given)
-    folder = existing(dataset)
-    if folder is not None and folder.is_dir():
-        read_manifest(folder)
-    else:
-        parse_dataset(dataset)
-
-
-def _many(names: str | Path | Sequence[str | Path]) -> list[str]:
-    return [str(name) for name in ([names] if isinstance(names, str | Path) else names)]
-
-
-def _modes(
-    target: str, activations: Sequence[str], kv_cache_dtypes: Sequence[str], reach: dict[str, Any]
-) -> Iterator[tuple[bool, dict[str, Any]]]:
-    """(whether its weights are NVFP4, changes of RunOptions) for each way in which a target is to be run."""
-    with open_checkpoint(locate(target, **reach)) as source:
-        is_quantized = isinstance(source, QuantizedSource)
-    if not is_quantized:
-        yield False, {}
-        return
-    for act, kv in product(activations, kv_cache_dtypes):
-        yield True, {"activations": act, "kv_cache_dtype": kv}
 
 
 class _Measured:

@@ -12,8 +12,9 @@ from typing import Any
 import m27quant
 from m27quant.calib.data import parse_dataset
 from m27quant.drafters.data_folder import DataFolder, check_free
+from m27quant.drafters.prompts import Prompts
 from m27quant.drafters.states import fingerprint_of
-from m27quant.drafters.text_data import Cut, Prompts, open_source
+from m27quant.drafters.text_data import Cut, open_source
 from m27quant.errors import UsageError, escape
 from m27quant.llm import load
 from m27quant.progress import Progress, ProgressCallback, ignore
