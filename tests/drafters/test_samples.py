@@ -114,7 +114,7 @@ def test_no_samples_and_no_tokenizer(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_read_by_its_manifest(tmp_path: Path) -> None:
-    with pytest.raises(M27Error, match="no such file"):
+    with pytest.raises(M27Error, match="no data folder"):
         read_samples(tmp_path)
     manifest = {"schema_version": 1, "shards": [{"file": "../a", "sha256": "", "samples": 1}]}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from m27quant.drafters.text_data import Source
 from m27quant.runtime.generation import derived_seed
 
+HEARD = 1024
+"""Rows that are checked between two looks for a signal."""
+
 
 class Prompts:
     """So many prompts of several sources in turns; each follows from the seed and its number."""
@@ -45,7 +48,8 @@ class Prompts:
         for source, number in dict.fromkeys(self.places):
             limit = self.sources[source].limit
             if limit is not None and number < limit:
-                stop()
+                if number % HEARD == HEARD - 1:
+                    stop()
                 self.sources[source].prompt(number, random.Random(0))
 
 
