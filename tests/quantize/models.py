@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ class Model:
     rows: list[list[int]]
 
     def write_rows(self, path: Path) -> Path:
-        path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in self.rows))
-        return path
+        """Whole at once: ranks in threads write and read the same file."""
+        part = path.with_name(f"{path.name}.{threading.get_ident()}")
+        part.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in self.rows))
+        return part.replace(path)
 
 
 def random_model(folder: Path, shape: Shape, *, seed: int = 0, rows: int = 7, longest: int = 61) -> Model:
