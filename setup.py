@@ -27,16 +27,24 @@ SOURCES = (
     "nvfp4_stats",
     "router",
 )
+HEADERS = (
+    "attention_chunk",
+    "core",
+    "kv_cache",
+    "nvfp4",
+    "nvfp4_bf16",
+    "nvfp4_fp8",
+    "nvfp4_search",
+    "nvfp4_search_lanes",
+    "vector",
+)
 
 setup(
     ext_modules=[
         Extension(
             "m27quant.kernels._native.core",
             sources=[f"{NATIVE}/{name}.c" for name in SOURCES],
-            depends=[
-                f"{NATIVE}/{name}.h"
-                for name in ("attention_chunk", "core", "kv_cache", "nvfp4", "nvfp4_bf16", "nvfp4_fp8", "nvfp4_search", "vector")
-            ],
+            depends=[f"{NATIVE}/{name}.h" for name in HEADERS],
             # No -ffast-math and no contraction to FMA: every operation is rounded once, as in the reference.
             extra_compile_args=["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
             libraries=["m"],

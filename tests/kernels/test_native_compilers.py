@@ -1,4 +1,4 @@
-"""The compiled products under every compiler at hand, with all warnings, and run, on another processor by emulation."""
+"""Compiled products and search for block scales under every compiler at hand, with all warnings, and by emulation."""
 
 from __future__ import annotations
 
@@ -20,17 +20,28 @@ TARGETS = {
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_products(target: str, repository: Path, tmp_path: Path) -> None:
-    compiler, emulator = TARGETS[target]
-    needed = [compiler[0], *emulator, *(["aarch64-linux-gnu-ld"] if "aarch64" in target else [])]
-    if missing := [tool for tool in needed if not shutil.which(tool)]:
-        pytest.skip(f"needs {', '.join(missing)}")
     core = repository / "src/m27quant/kernels/_native"
     sources = [
         *sorted(core.glob("nvfp4_dot_*.c")),
         *(core / f"nvfp4_{name}.c" for name in ("gemm", "moe", "rows")),
     ]
-    main = repository / "tests/kernels/native/products.c"
-    program = tmp_path / "products"
-    subprocess.run([*compiler, *FLAGS, *sources, main, "-lm", "-o", program], check=True)
+    build_and_run(
+        target, [*sources, repository / "tests/kernels/native/products.c"], [], tmp_path / "products"
+    )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_search(target: str, repository: Path, tmp_path: Path) -> None:
+    core = repository / "src/m27quant/kernels/_native"
+    sources = [core / "nvfp4_search_fp8.c", repository / "tests/kernels/native/search.c"]
+    build_and_run(target, sources, ["-Wno-psabi", f"-I{core}"], tmp_path / "search")
+
+
+def build_and_run(target: str, sources: list[Path], options: list[str], program: Path) -> None:
+    compiler, emulator = TARGETS[target]
+    needed = [compiler[0], *emulator, *(["aarch64-linux-gnu-ld"] if "aarch64" in target else [])]
+    if missing := [tool for tool in needed if not shutil.which(tool)]:
+        pytest.skip(f"needs {', '.join(missing)}")
+    subprocess.run([*compiler, *FLAGS, *options, *sources, "-lm", "-o", program], check=True)
     done = subprocess.run([*emulator, program], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

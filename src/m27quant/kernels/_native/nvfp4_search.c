@@ -28,122 +28,70 @@ void nvfp4_prepare_scales(Scales *s, float ws2) {
             c->y[k] = E2M1[k] * c->d;
         }
         s->step[code] = plain ? (float)ldexp((double)c->d, -exponent) : 1.0f;
-        s->inverse[code] = 1.0f / s->step[code];
     }
-    for (int code = SCALES + 1; code < SCALES + 16; code++) s->step[code] = s->inverse[code] = 1.0f;
-    s->step[0] = s->inverse[0] = 1.0f;
 }
 
-M27_INLINE v16 choose16(v16i condition, v16 a, v16 b) {
-    return (v16)(((v16i)a & condition) | ((v16i)b & ~condition));
-}
-
-/* Sixteen candidates at a time, lane by lane: the error of a group in F32.  To the nearest E2M1 number by adding and
- * taking away 1.5 * 2^23 steps, where a step is half of the power of two below t, and 1/2 below 2. */
-M27_INLINE v16 errors16(const float *x, const float *weight, v16 step, v16 inverse) {
-    v16 sum = {0};
-    for (int j = 0; j < GROUP; j++) {
-        v16 t = x[j] * inverse;
-        v16 power = (v16)((v16i)t & 0x7F800000);
-        v16 magic = choose16(power > 1.0f, power, splat(1.0f)) * 0x1.8p22f;
-        v16 q = (t + magic) - magic;
-        q = choose16(q < 6.0f, q, splat(6.0f));
-        v16 r = x[j] - q * step;
-        sum += weight ? r * r * weight[j] : r * r;
-    }
-    return sum;
-}
-
-M27_INLINE float weighted_sum(v16 r, const float *weight) {
-    v16 squares = r * r;
-    if (weight) squares *= load16(weight);
-    float v[GROUP];
-    store16(v, squares);
-    return sum_lanes(v);
-}
-
-M27_INLINE v16 positive(v16 r) { return choose16(r > 0.0f, r, splat(0.0f)); }
-
-/* Below the error of every scale that is at most as large: what lies beyond 6 d is clipped. */
-M27_INLINE float clipped(const float *x, const float *weight, float step) {
-    return weighted_sum(positive(load16(x) - 6.0f * step), weight);
-}
-
-/* Below the error of every scale that is at least as large: what lies below d/2 becomes 0 or d/2 or more. */
-M27_INLINE float coarse(const float *x, const float *weight, float step) {
-    v16 near = load16(x), far = 0.5f * step - near;
-    return weighted_sum(positive(choose16(far < near, far, near)), weight);
-}
-
-/* Errors in F32 of the candidates from `low` to `high` - 1; the others are known to be worse. */
-typedef struct {
-    int32_t error[SCALES + 1 + 16]; /* bits of the numbers, which are ordered as they are */
-    int low, high;
-    float most; /* a candidate above it is not the best */
-} Window;
-
-M27_INLINE void look16(Window *w, const float *x, const float *weight, const Scales *s, int at) {
-    v16 e = errors16(x, weight, load16(s->step + at), load16(s->inverse + at));
-    memcpy(w->error + at, &e, sizeof e);
-    int32_t least = INT32_MAX;
-    for (int i = 0; i < 16; i++) least = w->error[at + i] < least ? w->error[at + i] : least;
-    float most = f32_from_bits((uint32_t)least) * MARGIN + SPECK;
-    w->most = most < w->most ? most : w->most;
-}
-
-/* The first of the best among the candidates in the window that may be it. */
-M27_INLINE int first_best(const Block16 *b, const Scales *s, const Window *w) {
-    int32_t most = (int32_t)f32_bits(w->most), count = 0, sum = 0;
-    for (int at = w->low; at < w->high; at += 16) {
-        int first = at > w->high - 16 ? w->high - 16 : at; /* what is looked at twice counts as several */
-        for (int i = 0; i < 16; i++) {
-            int32_t may = w->error[first + i] <= most;
-            count += may;
-            sum += may ? first + i : 0;
-        }
-    }
-    if (count == 1) return sum;
+/* Of the candidates of lane l the first of the best, by the specification; errors in F32 say which may be it. */
+static int exact_best(const Groups16 *given, int l, const Scales *s, int first, int low, int high, const float *error,
+                      int stride, float most) {
+    float x[GROUP];
+    for (int j = 0; j < GROUP; j++) x[j] = given->x[j][l];
     int best = 0;
     double least = INFINITY;
-    for (int code = w->low; code < w->high; code++) {
-        if (w->error[code] > most) continue;
-        double e = exact_error(b, s->of + code);
-        if (e < least) least = e, best = code;
+    for (int i = low; i <= high && least > 0.0; i++) {
+        if (error && !(error[i * stride] <= most)) continue;
+        double e = exact_error(x, given->weight[l], s->of + first + i);
+        if (e < least) least = e, best = first + i;
     }
     return best;
 }
 
-M27_INLINE int best_scale(const Block16 *b, const Scales *s) {
-    Window w;
-    w.most = INFINITY;
-    float x[GROUP];
-    uint32_t most = 0; /* magnitudes are ordered as their bits are */
-    for (int j = 0; j < GROUP; j++) {
-        uint32_t bits = f32_bits(b->x[j]);
-        most = bits > most ? bits : most;
-        x[j] = b->x[j] * s->unit;
-    }
-    float largest = f32_from_bits(most) * s->unit;
-    if (s->unit == 0.0f || largest > FARTHEST) { /* rare: each candidate may be the best */
-        memset(w.error, 0, sizeof w.error);
-        w.low = 1, w.high = SCALES + 1;
-        return first_best(b, s, &w);
-    }
-    float six = largest / (6.0f * s->ws2 * s->unit);
-    six = six < 0x1p-9f ? 0x1p-9f : six > 448.0f ? 448.0f : six;
-    w.low = e4m3_code(six) - 3; /* smaller ones clip too much, as good as always; 16 reach two octaves */
-    w.low = w.low < 1 ? 1 : w.low > SCALES - 15 ? SCALES - 15 : w.low;
-    w.high = w.low;
-    do {
-        int at = w.high > SCALES - 15 ? SCALES - 15 : w.high;
-        look16(&w, x, b->small_weight, s, at);
-        w.high = at + 16;
-    } while (w.high <= SCALES && coarse(x, b->small_weight, s->step[w.high]) <= w.most);
-    while (w.low > 1 && clipped(x, b->small_weight, s->step[w.low - 1]) <= w.most) {
-        w.low = w.low > 16 ? w.low - 16 : 1;
-        look16(&w, x, b->small_weight, s, w.low);
-    }
-    return first_best(b, s, &w);
+#define WIDTH 4
+#define INLINE M27_INLINE
+#define NAME(name) name##_4
+#include "nvfp4_search_lanes.h"
+
+static void search_4(const Groups16 *g, const Scales *s, uint8_t *best) {
+    for (int l = 0; l < LANES; l += 4) g->weight[0] ? best_scales_4(g, l, s, 1, best) : best_scales_4(g, l, s, 0, best);
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define AVX2 __attribute__((target("avx2")))
+#define WIDTH 8
+#define INLINE AVX2 M27_INLINE
+#define NAME(name) name##_8
+#include "nvfp4_search_lanes.h"
+
+AVX2 static void search_8(const Groups16 *g, const Scales *s, uint8_t *best) {
+    for (int l = 0; l < LANES; l += 8) g->weight[0] ? best_scales_8(g, l, s, 1, best) : best_scales_8(g, l, s, 0, best);
+}
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+#define WIDTH 16
+#define INLINE AVX512 M27_INLINE
+#define NAME(name) name##_16
+#include "nvfp4_search_lanes.h"
+
+AVX512 static void search_16(const Groups16 *g, const Scales *s, uint8_t *best) {
+    g->weight[0] ? best_scales_16(g, 0, s, 1, best) : best_scales_16(g, 0, s, 0, best);
+}
+
+void nvfp4_best_scales(const Groups16 *g, const Scales *s, uint8_t *best) {
+    if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+        search_16(g, s, best);
+    else if (__builtin_cpu_supports("avx2"))
+        search_8(g, s, best);
+    else
+        search_4(g, s, best);
+}
+#else
+void nvfp4_best_scales(const Groups16 *g, const Scales *s, uint8_t *best) { search_4(g, s, best); }
+#endif
+
+M27_INLINE void weigh(Groups16 *g, int lane, const float *channel, const float *small_channel, int64_t k) {
+    g->weight[lane] = channel ? channel + k : NULL;
+    g->small_weight[lane] = channel ? small_channel + k : NULL;
 }
 
 M27_CLONES static int search_bf16(const uint16_t *weight, int64_t K, const Scales *s, const float *channel,
@@ -151,42 +99,57 @@ M27_CLONES static int search_bf16(const uint16_t *weight, int64_t K, const Scale
                                   int64_t row1) {
     Steps16 steps[SCALES + 1];
     for (int c = 0; c <= SCALES; c++) steps[c].ready = 0;
-    for (int64_t n = row0; n < row1; n++)
-        for (int64_t k = 0; k < K; k += GROUP) {
-            const uint16_t *p = weight + n * K + k;
-            if (group_most_bf16(p) >= MAGNITUDES) return 0;
-            Block16 b = {{0}, channel ? channel + k : NULL, channel ? small_channel + k : NULL};
-            for (int j = 0; j < GROUP; j++) b.x[j] = bf16_value(p[j] & 0x7FFF);
-            int code = best_scale(&b, s);
-            Steps16 *e = steps + code;
+    Groups16 g;
+    uint16_t padded[LANES * GROUP] = {0};
+    for (int64_t at = row0 * K / GROUP, end = row1 * K / GROUP, k = 0; at < end; at += LANES) {
+        const uint16_t *p = weight + at * GROUP;
+        int count = end - at < LANES ? (int)(end - at) : LANES;
+        if (count < LANES) p = memcpy(padded, p, (size_t)count * GROUP * sizeof *p);
+        uint16_t sums = 0; /* bit 15: a magnitude from MAGNITUDES on */
+        for (int i = 0; i < LANES * GROUP; i++) sums |= (uint16_t)((p[i] & 0x7FFF) + (0x8000 - MAGNITUDES));
+        if (sums & 0x8000) return 0;
+        for (int l = 0; l < LANES; l++)
+            for (int j = 0; j < GROUP; j++) g.x[j][l] = bf16_value(p[l * GROUP + j] & 0x7FFF);
+        for (int l = 0; l < LANES; l++, k = k + GROUP < K ? k + GROUP : 0) weigh(&g, l, channel, small_channel, k);
+        uint8_t best[LANES];
+        nvfp4_best_scales(&g, s, best);
+        for (int l = 0; l < count; l++) {
+            Steps16 *e = steps + best[l];
             if (!e->ready) {
-                e->scale = (uint8_t)code;
+                e->scale = best[l];
                 fill_bf16_under_scale(e, s->ws2);
             }
-            uint8_t *out = codes + (n * K + k) / 2;
-            encode_bf16(p, e, out);
-            encode_bf16(p + GROUP / 2, e, out + GROUP / 4);
-            scales[(n * K + k) / GROUP] = (uint8_t)code;
+            uint8_t *out = codes + (at + l) * (GROUP / 2);
+            encode_bf16(p + l * GROUP, e, out);
+            encode_bf16(p + l * GROUP + GROUP / 2, e, out + GROUP / 4);
+            scales[at + l] = best[l];
         }
+    }
     return 1;
 }
 
-M27_CLONES int nvfp4_best_scale(const Block16 *b, const Scales *s) { return best_scale(b, s); }
-
-/* The scales of a block's groups, one by one; 0 where it holds a NaN or Inf. */
+/* The scales of a block's groups without tables; 0 where it holds a NaN or Inf. */
 M27_INLINE int scales_of_block(const uint8_t *weight, int64_t K, const double *value, const Scales *s,
                                const float *channel, const float *small_channel, int64_t top, int64_t bottom,
                                int64_t left, int64_t right, uint8_t *scales) {
     float magnitude[CODES];
     for (int c = 0; c < CODES; c++) magnitude[c] = (float)value[c];
-    for (int64_t n = top; n < bottom; n++)
-        for (int64_t k = left; k < right; k += GROUP) {
-            const uint8_t *p = weight + n * K + k;
-            Block16 b = {{0}, channel ? channel + k : NULL, channel ? small_channel + k : NULL};
-            for (int j = 0; j < GROUP; j++) b.x[j] = magnitude[p[j] & 0x7F];
+    int64_t across = (right - left) / GROUP, count = (bottom - top) * across;
+    Groups16 g;
+    for (int64_t first = 0; first < count; first += LANES) {
+        uint8_t *out[LANES], best[LANES];
+        for (int l = 0; l < LANES; l++) {
+            int64_t i = first + l < count ? first + l : count - 1;
+            int64_t k = left + i % across * GROUP, at = (top + i / across) * K + k;
+            const uint8_t *p = weight + at;
             if (!(magnitude[group_most(p)] < INFINITY)) return 0;
-            scales[(n * K + k) / GROUP] = (uint8_t)best_scale(&b, s);
+            for (int j = 0; j < GROUP; j++) g.x[j][l] = magnitude[p[j] & 0x7F];
+            weigh(&g, l, channel, small_channel, k);
+            out[l] = scales + at / GROUP;
         }
+        nvfp4_best_scales(&g, s, best);
+        for (int l = 0; l < LANES; l++) *out[l] = best[l];
+    }
     return 1;
 }
 

@@ -1,4 +1,4 @@
-/* The block scale with the least squared error: what the search of one group and the tables of a block share.
+/* The block scale with the least squared error: what the search of any groups and the tables of a block share.
  *
  * The specification, and the meaning of every name, is nvfp4_pack/scale_search.py; docs/quality.md has the proofs.
  * Errors in F32 only say which scales cannot be the best; among those that are left the F64 error of the
@@ -8,8 +8,8 @@
 #define M27QUANT_NVFP4_SEARCH_H
 
 #include "nvfp4_fp8.h"
-#include "vector.h"
 
+#define LANES 16   /* groups that are searched together */
 #define SCALES 126 /* positive finite E4M3 numbers, the codes 1 to 126 */
 
 /* One candidate, as the specification rounds it. */
@@ -21,23 +21,40 @@ typedef struct {
 
 /* All candidates of one matrix.  F32 numbers are in units of 2^-exponent, where weight_scale_2 lies in [1, 2). */
 typedef struct {
-    Candidate of[SCALES + 1];              /* by E4M3 code; 0 is not used */
-    float step[SCALES + 16], inverse[SCALES + 16]; /* d and 1/d in those units, by E4M3 code */
-    float unit;                            /* 2^exponent, 0 where F32 cannot hold it: nothing is excluded then */
+    Candidate of[SCALES + 1]; /* by E4M3 code; 0 is not used */
+    float step[SCALES + 1];   /* d in those units */
+    float unit;               /* 2^exponent, 0 where F32 cannot hold it: nothing is excluded then */
     float ws2;
 } Scales;
 
-/* A group: magnitudes as they are, and weights of their squares or NULL. */
-typedef struct {
-    float x[GROUP];
-    const float *weight;       /* as given */
-    const float *small_weight; /* the same times a power of two, at most 1 */
-} Block16;
-
 void nvfp4_prepare_scales(Scales *s, float ws2);
 
-/* The code of the best scale of a group. */
-int nvfp4_best_scale(const Block16 *b, const Scales *s);
+/* Sixteen groups side by side: x[j][l] is element j of group l. */
+typedef struct {
+    float x[GROUP][LANES];            /* magnitudes as they are, finite */
+    const float *weight[LANES];       /* of the squares of each group, as given, or NULL in all */
+    const float *small_weight[LANES]; /* the same times a power of two, at most 1 */
+} Groups16;
+
+/* The codes of the best scales of sixteen groups. */
+void nvfp4_best_scales(const Groups16 *g, const Scales *s, uint8_t *best);
+
+/* Where no magnitude reaches 7 steps of scale `unclipped`, a scale twice as large as one from there on is never better
+ * than that one: none above this code need be tried. */
+M27_INLINE int last_candidate(int unclipped) {
+    int code = unclipped < 8 ? 15 : unclipped + 7;
+    return code < SCALES ? code : SCALES;
+}
+
+/* The first scale under which no magnitude reaches 7 steps, or the last of all.
+ * `sevenths`: the largest magnitude through 7 * weight_scale_2, or a bit more. */
+M27_INLINE int unclipped_scale(float sevenths) {
+    if (!(sevenths < 448.0f)) return SCALES;
+    int below = sevenths < 0x1p-6f ? (int)(sevenths * 0x1p9f) : (int)(f32_bits(sevenths) >> 20) - 0x3C0;
+    return below + 1 < SCALES ? below + 1 : SCALES;
+}
+
+#define SEVENTH (1.0f / 6.99f)
 
 /* ---- nvfp4_search_fp8.c: blocks of FP8, where the machine permutes bytes ---- */
 
@@ -49,14 +66,14 @@ int nvfp4_search_block(void *tables, const Scales *s, const uint8_t *weight, int
                        int64_t top, int64_t bottom, int64_t left, int64_t right, uint8_t *scales);
 
 /* The error that the specification gives to a candidate. */
-M27_INLINE double exact_error(const Block16 *b, const Candidate *c) {
+M27_INLINE double exact_error(const float *x, const float *weight, const Candidate *c) {
     double v[GROUP];
     for (int j = 0; j < GROUP; j++) {
         int code = 0;
-        for (int k = 1; k < 8; k++) code += b->x[j] > c->last[k];
-        double r = (double)b->x[j] - (double)c->y[code];
+        for (int k = 1; k < 8; k++) code += x[j] > c->last[k];
+        double r = (double)x[j] - (double)c->y[code];
         v[j] = r * r;
-        if (b->weight) v[j] *= (double)b->weight[j];
+        if (weight) v[j] *= (double)weight[j];
     }
     for (int half = GROUP / 2; half; half /= 2)
         for (int j = 0; j < half; j++) v[j] += v[j + half];

@@ -15,8 +15,7 @@
 #include <stdlib.h>
 
 #define TARGET __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")))
-#define VECTORS 4   /* of 64 codes, which is 4 groups, in a batch */
-#define LANES 16    /* groups of a batch */
+#define VECTORS 4   /* of 64 codes, which is 4 groups, in a batch of LANES */
 #define MARGIN 18   /* 16, and what F32 arithmetic is off */
 #define LEAST 256   /* smaller sums tell too little */
 #define MOST 65535  /* larger ones may hold a saturated error */
@@ -87,16 +86,20 @@ typedef struct {
     int low, high; /* from low to high - 1 */
 } Window;
 
+static void magnitudes(const uint8_t *p, const double *value, int stride, float *x) {
+    for (int j = 0; j < GROUP; j++) x[j * stride] = (float)value[p[j] & 0x7F];
+}
+
+/* Of the scales whose sums lie below `most` the first of the best, by the specification. */
 static int exact_best(const uint8_t *p, const double *value, const Scales *s, const int32_t *sum, int low, int high,
                       int32_t most) {
-    Block16 b = {{0}, NULL, NULL};
-    for (int j = 0; j < GROUP; j++) b.x[j] = (float)value[p[j] & 0x7F];
-    if (!sum) return nvfp4_best_scale(&b, s);
+    float x[GROUP];
+    magnitudes(p, value, 1, x);
     int best = 0;
     double least = INFINITY;
     for (int code = low; code < high; code++) {
         if (sum[(code - low) * LANES] >= most) continue;
-        double e = exact_error(&b, s->of + code);
+        double e = exact_error(x, NULL, s->of + code);
         if (e < least) least = e, best = code;
     }
     return best;
@@ -156,11 +159,19 @@ TARGET static int search_batch(Tables *t, const uint8_t *const *p, const double 
     int32_t chosen[LANES], limit[LANES];
     _mm512_storeu_si512(chosen, code);
     _mm512_storeu_si512(limit, most);
-    for (unsigned left = alone | several; left; left &= left - 1) {
+    for (unsigned left = several & ~alone; left; left &= left - 1) {
         int lane = __builtin_ctz(left);
-        const int32_t *found = alone >> lane & 1 ? NULL : (const int32_t *)(sum + low) + lane;
-        chosen[lane] = exact_best(p[lane % VECTORS] + lane / VECTORS * GROUP, value, t->scales, found, low, high,
-                                  limit[lane]);
+        chosen[lane] = exact_best(p[lane % VECTORS] + lane / VECTORS * GROUP, value, t->scales,
+                                  (const int32_t *)(sum + low) + lane, low, high, limit[lane]);
+    }
+    if (alone) {
+        Groups16 g = {.weight = {NULL}};
+        uint8_t found[LANES];
+        for (int lane = 0; lane < LANES; lane++)
+            magnitudes(p[lane % VECTORS] + lane / VECTORS * GROUP, value, LANES, &g.x[0][lane]);
+        nvfp4_best_scales(&g, t->scales, found);
+        for (int lane = 0; lane < LANES; lane++)
+            if (alone >> lane & 1) chosen[lane] = found[lane];
     }
     for (int lane = 0; lane < LANES; lane++) out[lane % VECTORS][lane / VECTORS] = (uint8_t)chosen[lane];
     return 1;
