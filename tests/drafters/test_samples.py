@@ -107,6 +107,9 @@ def test_a_bad_row_is_named(tmp_path: Path, tokenizer: Tokenizer, line: str, sai
 def test_no_samples_and_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(M27Error, match="holds no samples"):
         read(tmp_path)
+    (tmp_path / "t.txt").write_text("text")
+    with pytest.raises(M27Error, match=r"t\.txt: no JSON lines"):
+        read_samples(tmp_path / "t.txt")
     with pytest.raises(M27Error, match="text needs a tokenizer"):
         read(tmp_path, {"text": "a"})
     with pytest.raises(M27Error, match="no such file"):

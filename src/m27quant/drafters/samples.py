@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from m27quant.calib.data import TEXT_SUFFIXES
 from m27quant.checkpoint.durable import sha256_of
 from m27quant.checkpoint.strict_json import parse, read_object, require_regular_file
 from m27quant.checkpoint.tokenizer import Tokenizer
@@ -26,6 +27,8 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 MAX_LINE_BYTES = 64 * 2**20
 FORMS = "prompt_token_ids and token_ids, messages, conversations, or text"
+NOT_ROWS = (*TEXT_SUFFIXES, ".parquet")
+"""Of files that prompts are taken from, and that hold nothing to learn as they are."""
 NO_TOKENIZER = "text needs a tokenizer, and the target has no tokenizer.json"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
          "tool": "tool"}  # fmt: skip
@@ -131,6 +134,11 @@ def read_samples(
         UsageError: no sample at all, or rows that need a tokenizer where there is none.
     """
     path = Path(path)
+    if path.is_file() and path.suffix in NOT_ROWS:
+        raise UsageError(
+            f"{escape(path)}: no JSON lines",
+            hint=f"let the target write behind it: m27quant drafter generate-data TARGET OUT --dataset {escape(path)}",
+        )
     samples = list(_folder(path, vocab_size) if path.is_dir() else _file(path, tokenizer, vocab_size))
     if not samples:
         raise UsageError(f"{escape(path)} holds no samples", hint=f"write one row for each: {FORMS}")
