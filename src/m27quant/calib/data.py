@@ -267,7 +267,7 @@ def streamed_rows(
         "for gated data accept the terms on its page and `hf auth login`"
     )
     if offline or huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise EnvironmentFault(f"calibration data {where} is on the Hub, and offline mode is on", hint=hint)
+        raise EnvironmentFault(f"data set {where} is on the Hub, and offline mode is on", hint=hint)
     try:
         rows = datasets.load_dataset(
             dataset.path, dataset.config, split=split, revision=dataset.revision, streaming=True, token=token
@@ -280,4 +280,4 @@ def streamed_rows(
         raise
     except Exception as fault:  # noqa: BLE001 - network, gating and parsing faults of many libraries
         first = escape(str(fault).partition("\n")[0])
-        raise EnvironmentFault(f"calibration data {where} cannot be read: {first}", hint=hint) from None
+        raise EnvironmentFault(f"data set {where} cannot be read: {first}", hint=hint) from None
