@@ -14,6 +14,7 @@ from m27quant.calib import memory
 from m27quant.calib.memory import CHUNK_TOKENS, MAX_GROUP, MemoryPlan, plan_memory
 from m27quant.checkpoint.config import parse_config
 from m27quant.errors import EnvironmentFault
+from m27quant.kernels.dispatch import Choice
 from m27quant.runtime import host_memory
 from m27quant.runtime.host_memory import default_budget
 from tests.quantize.planned import M27
@@ -29,6 +30,8 @@ BASE = 600 * 2**20
 def _fixed_rss(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (memory, host_memory):
         monkeypatch.setattr(module, "rss_bytes", lambda: BASE)
+    compiled = Choice(backend="cpu-native", reason="so on every machine")  # without it packing takes more
+    monkeypatch.setattr(memory, "choose", lambda name, device: compiled)
 
 
 def plan(
