@@ -75,9 +75,9 @@ def as_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cases(kind: str, N: int, K: int, seed: int = 0) -> Iterator[Case]:
-    """One distribution in BF16 and FP8, under its own amax, a partner's larger one, and one that clips."""
+    """One distribution in BF16 (a quarter of the rows) and FP8, under its own amax, a partner's, one that clips."""
     x = DISTRIBUTIONS[kind](torch.Generator().manual_seed(seed), N, K)
-    for weight, scale in ((x.bfloat16(), None), as_fp8(x)):
+    for weight, scale in ((x[: N // 4].bfloat16(), None), as_fp8(x)):
         amax = nvfp4_pack.amax(weight, scale)
         for factor in (1.0, 1.7, 0.03):
             yield weight, scale, amax * factor, packing.BLOCK

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -97,16 +98,17 @@ def test_at_the_ends_of_the_formats() -> None:
 @pytest.mark.parametrize("kind", ["normal", "on the grid", "wide range"])
 def test_weighted(kind: str) -> None:
     g = torch.Generator().manual_seed(3)
+    turn = itertools.cycle(("smooth", "spread", "with zeros"))
     weights = {
         "smooth": torch.rand(128, generator=g) + 0.1,
         "spread": torch.exp2(torch.randint(-60, 60, (128,), generator=g)),
         "with zeros": torch.rand(128, generator=g) * (torch.rand(128, generator=g) < 0.5),
     }
     for case in cases(kind, 128, 128):
-        for weight_K in weights.values():
-            packed = pack(case, weight_K)
-            assert_same_bytes(packed, by_reference(case, weight_K))
-            assert_least(case, packed, weight_K)
+        weight_K = weights[next(turn)]
+        packed = pack(case, weight_K)
+        assert_same_bytes(packed, by_reference(case, weight_K))
+        assert_least(case, packed, weight_K)
 
 
 def test_weights_that_say_nothing() -> None:
@@ -147,7 +149,7 @@ def test_threads_and_pieces_do_not_matter(threads: int) -> None:
     assert_same_bytes(packed, nvfp4_pack.pack(x, amax=x.abs().max().float(), scales="mse"))
 
 
-@pytest.mark.parametrize("kind", ["normal", "student", "one hot", "equal magnitudes", "wide range"])
+@pytest.mark.parametrize("kind", ["student", "wide range"])
 def test_total_error_is_at_most_modelopts(kind: str) -> None:
     """modelopt's NVFP4MSECalibrator and its export on the same tensor; more error than max calibration in neither."""
     for weight, scale_inv, amax, block in cases(kind, 128, 128):
