@@ -126,6 +126,10 @@ class EvalRow:
         }
 
 
+FIGURES = ("tau", "m_accept", "c_k", "val_loss", "blocks")
+"""Of a row, by their names in JSON."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
     """All drafters in all settings on all targets."""
@@ -145,13 +149,14 @@ class EvalResult:
         return replace(self, rows=tuple(row for row in self.rows if row.drafter == drafter))
 
     def to_json(self) -> dict[str, Any]:
-        """Settings and rows."""
-        o = self.options
+        """Settings, the figures of the first row (most evaluations have one), and all rows."""
+        o, rows = self.options, [row.to_json() for row in self.rows]
+        first = {key: rows[0][key] for key in FIGURES} if rows else {}
         return {
             "dataset": self.dataset, "num_prompts": self.num_prompts, "prompt_tokens": o.prompt_tokens,
             "max_tokens": o.max_tokens, "generated_tokens": self.num_tokens, "temperature": o.temperature,
             "ignore_eos": o.ignore_eos, "seed": o.seed, "stride": o.stride, "invariant": self.invariant,
-            "results": [row.to_json() for row in self.rows],
+            **first, "results": rows,
         }  # fmt: skip
 
 
