@@ -97,8 +97,12 @@ NumKvHeads = Annotated[int | None, _number("--num-kv-heads", DRAFTER, "Key/value
 HeadDim = Annotated[int | None, _number("--head-dim", DRAFTER, "Width of a head.", 2)]
 RopeTheta = Annotated[float | None, _number("--rope-theta", DRAFTER, "Rotary base; the target's.")]
 DraftVocabSize = Annotated[
-    int | None, _number("--draft-vocab-size", DRAFTER, "EAGLE3: tokens that it knows; 32000.", 1)
-]
+    int | None,
+    typer.Option(
+        "--draft-vocab-size", "--draft-vocab", min=1, show_default=False, rich_help_panel=DRAFTER,
+        help="EAGLE3: tokens that it knows; 32000.",
+    ),
+]  # fmt: skip
 Layout = Annotated[
     str,
     typer.Option(
