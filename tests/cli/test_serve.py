@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from m27quant.cli import serve_builtin
 from m27quant.cli.app import main
@@ -243,3 +244,17 @@ def test_what_the_command_spells() -> None:
     (context,) = [c for c in contexts() if c.command_path == "m27quant serve"]
     known = {name for p in context.command.params for name in (*p.opts, *p.secondary_opts)}
     assert set(serve_builtin.OPTIONS.values()) <= known
+
+
+def test_a_source_that_lacks_a_tensor_is_not_served(repository: Path, tmp_path: Path, call: Call) -> None:
+    folder = shutil.copytree(repository / "examples/tiny-m27", tmp_path / "source")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"].pop("model.norm.weight")
+    tensors = load_file(shard)
+    del tensors["model.norm.weight"]
+    save_file(tensors, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    code, out, err = call("serve", folder, "--engine", "builtin", "--print")
+    assert (code, out) == (1, "")
+    assert "model.norm.weight" in err
+    assert call("serve", tmp_path / "nowhere", "--engine", "builtin", "--print")[0] == 3

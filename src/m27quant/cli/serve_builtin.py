@@ -6,9 +6,13 @@ import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m27quant.cli.output import Output
+from m27quant.errors import CheckpointError, FindingsError, escape
+
+if TYPE_CHECKING:
+    from m27quant.checkpoint.hub import Location
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,15 +111,31 @@ def _lines(words: list[str]) -> list[str]:
 
 
 def _check(output: Output, asked: Asked) -> None:
-    """verify's rules for what is quantized; an FP8 or BF16 source is checked when it is loaded."""
+    """verify's rules for what is quantized; of an FP8 or BF16 source its headers, by config.json."""
     from m27quant.checkpoint.strict_json import read_object
     from m27quant.verify.locate import find_checkpoint
     from m27quant.verify.refuse import refuse_errors
     from m27quant.verify.run import verify_checkpoint
 
     location = find_checkpoint(asked.checkpoint, say=output.status, **asked.hub)
+    if not location.folder.is_dir():
+        raise CheckpointError(
+            f"{escape(location.folder)}: no such folder", hint="name the checkpoint's folder"
+        )
     section = read_object(location.folder / "config.json").get("quantization_config")
     if section is None or (isinstance(section, dict) and section.get("quant_method") == "fp8"):
+        _check_source(location)
         return
     result = verify_checkpoint(location, level="quick" if asked.quick else "default")
     refuse_errors(result, "not fit to be served")
+
+
+def _check_source(location: Location) -> None:
+    from m27quant.checkpoint.layout import check_layout
+    from m27quant.checkpoint.quantized import open_checkpoint
+
+    with open_checkpoint(location) as source:
+        try:
+            check_layout(source)
+        except CheckpointError as fault:
+            raise FindingsError(f"not fit to be served: {fault.message}", hint=fault.hint) from None
