@@ -149,6 +149,10 @@ def test_whose_folder_it_is(train: Train, tmp_path: Path) -> None:
         train(name="cut", resume=True, steps=7)
 
 
+def test_blocks_of_two_sizes_have_all_positions(train: Train) -> None:
+    assert len(train(steps=2, train_block_sizes=(2, 4)).accuracy) == 3
+
+
 def test_other_data_is_refused(train: Train, tmp_path: Path, rows: Path) -> None:
     with pytest.raises(Interrupted):
         train(stop=stop_after(1))

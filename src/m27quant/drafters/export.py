@@ -143,12 +143,14 @@ def write_drafter(
     )
     steps = [entry for entry in entries if entry["event"] == "step"][-last:]
     evaluations = [entry for entry in entries if entry["event"] == "eval"]
-    places = min((len(entry["accuracy"]) for entry in steps), default=0)
+    hits = [entry["accuracy"] for entry in steps]  # of blocks of one size, or of several in turn
     result = {
         "kind": plan.recipe.shape.kind,
         "steps": plan.steps,
         "loss": _mean([entry["loss"] for entry in steps]),
-        "accuracy": [_mean([entry["accuracy"][k] for entry in steps]) for k in range(places)],
+        "accuracy": [
+            _mean([h[k] for h in hits if k < len(h)]) for k in range(max(map(len, hits), default=0))
+        ],
         "heldout": {k: v for k, v in evaluations[-1].items() if k != "event"} if evaluations else None,
         "parameters": sum(master.numel() for master in masters.values()),
         "tensor_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
