@@ -3,9 +3,9 @@
  * permutation looks up 64 elements at a time; sixteen groups go together.
  *
  * Sums of 16 errors that are rounded down lie less than 16 below the true ones, in units of the table: MARGIN apart
- * they are in the right order.  What lies nearer is compared exactly, group by group.  The candidates that are tried
- * form a window; two more tables bound the errors of all that lie below and above it, and it grows until they are out
- * of the question for every group.  See docs/quality.md.
+ * they are in the right order.  What lies nearer is compared exactly, group by group.  The scales that are tried end
+ * with the last one that any of the groups can have, and go down until another table, of what is clipped, puts all
+ * smaller ones out of the question for every group.  See docs/quality.md.
  */
 #include "nvfp4_search.h"
 
@@ -21,7 +21,7 @@
 #define MOST 65535  /* larger ones may hold a saturated error */
 #define USUAL 1.8e-5f /* of the mean square: a unit in which most groups have sums of some thousand */
 
-enum { ERROR, CLIPPED, COARSE, KINDS };
+enum { ERROR, CLIPPED, KINDS };
 
 typedef struct {
     uint8_t high[CODES], low[CODES];
@@ -30,8 +30,9 @@ typedef struct {
 typedef struct {
     Table table[KINDS][SCALES + 1];
     uint8_t known[KINDS][SCALES + 1];
-    float x[CODES]; /* magnitudes in units */
-    float per_unit; /* of the tables */
+    uint8_t last[CODES]; /* the last candidate of a group by its largest FP8 code */
+    float x[CODES];      /* magnitudes in units */
+    float per_unit;      /* of the tables */
     const Scales *scales;
 } Tables;
 
@@ -48,12 +49,8 @@ TARGET static void build(Tables *t, int kind, int code) {
                 k += x > c->last[n] * t->scales->unit ? gap : 0.0f;
             }
             r = x - k * step;
-        } else if (kind == CLIPPED) {
-            r = x - 6.0f * step;
-            r = r > 0.0f ? r : 0.0f;
         } else {
-            r = 0.5f * step - x;
-            r = r < x ? r : x;
+            r = x - 6.0f * step;
             r = r > 0.0f ? r : 0.0f;
         }
         float e = r * r * t->per_unit;
@@ -81,10 +78,16 @@ TARGET M27_INLINE __m512i sums(Tables *t, int kind, int code, const __m512i *c) 
     return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
 }
 
-/* Scales that were tried last; the next batch begins with them. */
-typedef struct {
-    int low, high; /* from low to high - 1 */
-} Window;
+TARGET M27_INLINE int largest_code(const __m512i *c) {
+    __m512i m = _mm512_max_epu8(_mm512_max_epu8(c[0], c[1]), _mm512_max_epu8(c[2], c[3]));
+    __m256i half = _mm256_max_epu8(_mm512_castsi512_si256(m), _mm512_extracti64x4_epi64(m, 1));
+    __m128i b = _mm_max_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    b = _mm_max_epu8(b, _mm_srli_si128(b, 8));
+    b = _mm_max_epu8(b, _mm_srli_si128(b, 4));
+    b = _mm_max_epu8(b, _mm_srli_si128(b, 2));
+    b = _mm_max_epu8(b, _mm_srli_si128(b, 1));
+    return _mm_cvtsi128_si32(b) & 0xFF;
+}
 
 static void magnitudes(const uint8_t *p, const double *value, int stride, float *x) {
     for (int j = 0; j < GROUP; j++) x[j * stride] = (float)value[p[j] & 0x7F];
@@ -105,36 +108,22 @@ static int exact_best(const uint8_t *p, const double *value, const Scales *s, co
     return best;
 }
 
-/* Sixteen groups.  p: where the vectors lie; out: where the scales of their groups go. */
-TARGET static int search_batch(Tables *t, const uint8_t *const *p, const double *value, int first_bad, Window *w,
+/* Sixteen groups.  p: where the vectors lie; start: the first scale to try, changed for the next batch; out: where the
+ * scales of the groups go. */
+TARGET static int search_batch(Tables *t, const uint8_t *const *p, const double *value, int first_bad, int *start,
                                uint8_t *const *out) {
     __m512i c[VECTORS], sum[SCALES + 1], best = _mm512_set1_epi32(INT32_MAX);
-    for (int v = 0; v < VECTORS; v++) {
-        c[v] = _mm512_and_si512(_mm512_loadu_si512(p[v]), _mm512_set1_epi8(0x7F));
-        if (_mm512_cmpge_epu8_mask(c[v], _mm512_set1_epi8((char)first_bad))) return 0;
-    }
-    int low = w->low, high = w->high, tests = 0;
+    for (int v = 0; v < VECTORS; v++) c[v] = _mm512_and_si512(_mm512_loadu_si512(p[v]), _mm512_set1_epi8(0x7F));
+    int largest = largest_code(c);
+    if (largest >= first_bad) return 0;
+    int high = t->last[largest] + 1, low = *start < high ? *start : high - 1, tests = 0;
     for (int code = low; code < high; code++) {
         sum[code] = sums(t, ERROR, code, c);
         best = _mm512_min_epi32(best, sum[code]);
     }
-    __mmask16 alone = 0, beyond; /* alone: left to the search of single groups */
-    do { /* upwards */
-        alone |= _mm512_cmplt_epi32_mask(best, _mm512_set1_epi32(LEAST)) |
-                _mm512_cmpge_epi32_mask(best, _mm512_set1_epi32(MOST));
-        if (high > SCALES) break;
-        __m512i most = _mm512_add_epi32(best, _mm512_set1_epi32(MARGIN));
-        beyond = _mm512_cmplt_epi32_mask(sums(t, COARSE, high, c), most) & ~alone;
-        for (int n = 0; beyond && n < 2 && high <= SCALES; n++, high++) {
-            sum[high] = sums(t, ERROR, high, c);
-            best = _mm512_min_epi32(best, sum[high]);
-        }
-        tests++;
-    } while (beyond);
-    w->high = tests == 1 && high - low > 4 ? high - 1 : high;
-    tests = 0;
-    do { /* downwards */
-        alone |= _mm512_cmplt_epi32_mask(best, _mm512_set1_epi32(LEAST)) |
+    __mmask16 alone, beyond; /* alone: left to the search by numbers */
+    do {
+        alone = _mm512_cmplt_epi32_mask(best, _mm512_set1_epi32(LEAST)) |
                 _mm512_cmpge_epi32_mask(best, _mm512_set1_epi32(MOST));
         if (low <= 1) break;
         __m512i most = _mm512_add_epi32(best, _mm512_set1_epi32(MARGIN));
@@ -146,7 +135,7 @@ TARGET static int search_batch(Tables *t, const uint8_t *const *p, const double 
         }
         tests++;
     } while (beyond);
-    w->low = tests == 1 && w->high - low > 4 ? low + 1 : low;
+    *start = tests == 1 && low + 8 < high ? low + 1 : low;
 
     __m512i most = _mm512_add_epi32(best, _mm512_set1_epi32(MARGIN)), code = _mm512_setzero_si512();
     __mmask16 one = 0, several = 0;
@@ -206,11 +195,10 @@ int nvfp4_search_block(void *memory, const Scales *s, const uint8_t *weight, int
     for (int c = 0; c < CODES; c++) {
         float x = c < first_bad ? (float)value[c] * s->unit : 0.0f;
         t->x[c] = x < 0x1p40f ? x : 0x1p40f; /* far beyond what saturates */
+        t->last[c] = (uint8_t)last_candidate(unclipped_scale(x * (SEVENTH / (s->ws2 * s->unit))));
     }
     float guess = 0.25f * sqrtf(square) / (s->ws2 * s->unit);
     int low = e4m3_code(guess < 0x1p-9f ? 0x1p-9f : guess > 448.0f ? 448.0f : guess);
-    Window w = {low > SCALES - 12 ? SCALES - 12 : low, 0};
-    w.high = w.low + 12;
     for (int64_t first = 0; first < vectors; first += VECTORS) {
         const uint8_t *p[VECTORS];
         uint8_t *out[VECTORS];
@@ -220,7 +208,7 @@ int nvfp4_search_block(void *memory, const Scales *s, const uint8_t *weight, int
             p[i] = weight + at;
             out[i] = scales + at / GROUP;
         }
-        if (!search_batch(t, p, value, first_bad, &w, out)) return 0;
+        if (!search_batch(t, p, value, first_bad, &low, out)) return 0;
     }
     return 1;
 }
