@@ -46,15 +46,15 @@ M27_INLINE int last_candidate(int unclipped) {
     return code < SCALES ? code : SCALES;
 }
 
-/* The first scale under which no magnitude reaches 7 steps, or the last of all.
- * `sevenths`: the largest magnitude through 7 * weight_scale_2, or a bit more. */
+#define SEVENTH (1.0f / 6.99f)
+
+/* The first scale under which no magnitude reaches 7 steps, or the last of all.  `sevenths`: the largest magnitude
+ * through weight_scale_2, times SEVENTH, which is a bit more than a seventh: no rounding brings a quotient to 7. */
 M27_INLINE int unclipped_scale(float sevenths) {
     if (!(sevenths < 448.0f)) return SCALES;
     int below = sevenths < 0x1p-6f ? (int)(sevenths * 0x1p9f) : (int)(f32_bits(sevenths) >> 20) - 0x3C0;
     return below + 1 < SCALES ? below + 1 : SCALES;
 }
-
-#define SEVENTH (1.0f / 6.99f)
 
 /* ---- nvfp4_search_fp8.c: blocks of FP8, where the machine permutes bytes ---- */
 
