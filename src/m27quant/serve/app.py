@@ -19,6 +19,7 @@ import m27quant
 from m27quant.errors import UsageError, escape
 from m27quant.runtime.api import LLM
 from m27quant.runtime.generation import Prescription
+from m27quant.runtime.host_memory import give_back_freed
 from m27quant.serve import openapi
 from m27quant.serve.answer import Answer, most_live, refuse_overload
 from m27quant.serve.chat import ChatForm, prompt_of
@@ -154,7 +155,15 @@ async def _beside(size: int, function: Any, *arguments: Any) -> Any:
     """What is long is read, and made tokens of, in a thread: the streams of others go on."""
     if size < LARGE_BODY:
         return function(*arguments)
-    return await asyncio.to_thread(function, *arguments)
+    return await asyncio.to_thread(_and_tidy, function, *arguments)
+
+
+def _and_tidy(function: Any, *arguments: Any) -> Any:
+    """Tokens and their places take a hundred times the text's bytes, which the C library would keep."""
+    try:
+        return function(*arguments)
+    finally:
+        give_back_freed()
 
 
 def make_app(service: Service) -> ASGIApp:
