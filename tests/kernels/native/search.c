@@ -4,7 +4,7 @@
 
 #include "nvfp4_search.c"
 
-enum { ROWS_ = 68, K_ = 144, COUNT = ROWS_ * K_ / GROUP };
+enum { ROWS_ = 36, K_ = 144, COUNT = ROWS_ * K_ / GROUP };
 
 static uint32_t state = 1;
 
@@ -105,9 +105,9 @@ int main(void) {
             for (int64_t i = 0; i < COUNT * GROUP; i++) {
                 int code = (int)(64.0f + 20.0f * uniform());
                 fp8[i] = (uint8_t)(code | (int)(bits() & 1) << 7);
-                x[i] = bf16_value(bf16_bits(e4m3_value((uint32_t)code) * scale_inv[i / K_ / 64 * 2 + i % K_ / 128]));
+                x[i] = bf16_value(bf16_bits(e4m3_value((uint32_t)code) * scale_inv[i / K_ / 34 * 2 + i % K_ / 128]));
             }
-            m27_search_fp8(fp8, scale_inv, K_, 64, 128, ws2, w, codes, found, 0, ROWS_);
+            m27_search_fp8(fp8, scale_inv, K_, 34, 128, ws2, w, codes, found, 0, ROWS_);
             for (int64_t g = 0; g < COUNT; g++) {
                 int best = first_best(x + g * GROUP, w ? w + g * GROUP % K_ : NULL, ws2);
                 if (found[g] != best) return fail("FP8", g, found[g], best);
