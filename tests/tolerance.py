@@ -23,12 +23,12 @@ F64: Final = 1e-10
 summation differs."""
 
 TRAINING_F64: Final = 1e-6
-"""Losses and gradients of whole drafters in float64 against a second derivation: angles and tables of the rotation are F32,
-as they are at inference.  Measured: 1e-8."""
+"""Losses and gradients of whole drafters in float64 against a second derivation: angles and tables of the rotation are
+F32, as they are at inference.  Measured: 1e-8."""
 
 GRADIENT_BF16_DB: Final = 25.0
-"""Gradients of a small drafter computed in BF16 against float64, all parameters together: a few dozen roundings of 2**-9
-each, one after the other, of activations and of what comes back; a wrong term costs all signal."""
+"""Gradients of a small drafter computed in BF16 against float64, all parameters together: a few dozen roundings of
+2**-9 each, one after the other, of activations and of what comes back; a wrong term costs all signal."""
 
 AMAX_BF16_STEPS: Final = 1
 """Ranges of activations against modelopt's, in steps of BF16 at that value: its batches are other chunks than ours,
@@ -110,6 +110,7 @@ def bf16_steps(a: float, b: float) -> int:
 
     bits = torch.tensor([a, b], dtype=torch.bfloat16).view(torch.int16)
     return abs(int(bits[0]) - int(bits[1]))
+
 
 TRAINING_RTOL: Final = 2e-4
 """Losses and gradient norms of an F32 training whose batches are split otherwise, over a handful of steps: sums in

@@ -26,7 +26,9 @@ def test_no_engine_has_a_quarrel_with_them(repository: Path, kind: str) -> None:
 
 def test_all_examples_are_small(repository: Path) -> None:
     folders = [repository / "examples" / name for name in ("tiny-m27", "tiny-m27-dflash", "tiny-m27-eagle3")]
-    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file()) < 20e6
+    assert (
+        sum(path.stat().st_size for folder in folders for path in folder.iterdir() if path.is_file()) < 20e6
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

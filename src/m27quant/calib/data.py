@@ -238,6 +238,12 @@ def _take(rows: Iterator[list[int]], count: int) -> list[list[int]]:
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of a Parquet file is, and the row.
+
+    Raises:
+        CheckpointError: no Parquet, or a damaged one.
+        EnvironmentFault: no permission to read it.
+    """
     import pyarrow
     import pyarrow.parquet
 
