@@ -95,4 +95,4 @@ def test_kubernetes_indices_cover_every_layer_once(
     runs = [line.split()[line.split().index("--layers") + 1] for line in calls.read_text().splitlines()]
     taken = [layer for run in runs for layer in range(*map(int, run.split(":")))]
     assert taken == list(range(layers))
-    assert "/work/parts/001 --ranges /work/calibration/calibration.json" in calls.read_text()
+    assert "/data/parts/001 --ranges /data/calibration/calibration.json" in calls.read_text()
