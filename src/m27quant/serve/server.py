@@ -212,7 +212,8 @@ class Server:
         """Refuse what is new, wait for what runs, then let uvicorn end."""
         service = self.service
         service.is_draining = True
-        self._say(f"finishing {service.worker.num_live} answers; once more to stop at once")
+        with contextlib.suppress(OSError):  # whoever read what is said may be gone
+            self._say(f"finishing {service.worker.num_live} answers; once more to stop at once")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(service.options.drain_timeout_s):
                 while service.worker.num_live or service.num_requests:
