@@ -395,9 +395,7 @@ def test_a_hub_data_set_that_cannot_be_had(
         raise fault
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(
-        EnvironmentFault, match=r"data set org/data \(train\) cannot be read"
-    ) as caught:
+    with pytest.raises(EnvironmentFault, match=r"data set org/data \(train\) cannot be read") as caught:
         load(tiny, [parse_dataset("org/data")])
     assert caught.value.exit_code == 4
     assert "hf auth login" in str(caught.value.hint)
