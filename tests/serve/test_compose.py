@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,21 @@ def test_kubernetes(engine: str, m27: Path) -> None:
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     assert labels == deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
     assert service["spec"]["ports"][0]["targetPort"] == container["ports"][0]["name"]
+
+
+def test_what_the_hub_gives_is_kept(m27: Path) -> None:
+    planned = launch(m27)
+    planned = replace(planned, model="org/name")
+    (service,) = yaml.safe_load(compose_file(planned))["services"].values()
+    assert [(v["type"], v["target"]) for v in service["volumes"]] == [
+        ("volume", service["environment"]["HF_HOME"])
+    ]
+    deployment, *_ = [
+        d for d in yaml.safe_load_all(kubernetes_manifest(planned)) if d["kind"] == "Deployment"
+    ]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    env = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert env["HF_HOME"] in [mount["mountPath"] for mount in container["volumeMounts"]]
 
 
 def test_strange_names(m27: Path, tmp_path: Path) -> None:

@@ -269,6 +269,20 @@ def test_the_end_lets_answers_finish_and_refuses_new_ones(tiny: LLM) -> None:
         assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
 
 
+def test_it_ends_where_nobody_reads_what_it_says(tiny: LLM) -> None:
+    def say(line: str) -> None:
+        if "finishing" in line:
+            raise BrokenPipeError
+
+    server = Server(tiny, ServerOptions(port=0), "model", say=say)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server._uvicorn.started)
+    server.stop()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
 def test_a_signal_lets_answers_finish_and_ends_with_0(repository: Path) -> None:
     command = [
         sys.executable, "-m", "m27quant", "serve", "examples/tiny-m27", "--engine", "builtin", "--port", "0",

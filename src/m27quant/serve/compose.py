@@ -18,7 +18,8 @@ from m27quant.serve.launch import KEY_VARIABLE, Launch
 
 MODEL, DRAFTER = "/models/target", "/models/drafter"
 """Where the container finds them."""
-CACHE = "/root/.cache/huggingface"
+CACHE = "/models/huggingface"
+"""HF_HOME of the container, whoever it runs as; what it fetches from the Hub outlives it there."""
 START_S, PROBE_S = 3600, 10
 """What loading 134 GB may take, from a slow disk and with kernels to compile; seconds between questions."""
 SHARED_MEMORY = "32Gi"
@@ -195,8 +196,7 @@ def _environment(launch: Launch, key: str | None) -> Iterable[tuple[str, str | N
     yield from launch.environment.items()
     if launch.setup.has_key:
         yield launch.engine.key_variable or KEY_VARIABLE, key
-    if not _from_hub(launch):
-        yield "HF_HUB_OFFLINE", "1"
+    yield ("HF_HOME", CACHE) if _from_hub(launch) else ("HF_HUB_OFFLINE", "1")
 
 
 def _variable(name: str, value: str | None) -> dict[str, Any]:
