@@ -17,6 +17,7 @@ import json
 import platform
 import sysconfig
 import textwrap
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ def checksum(text: str) -> int:
     return zlib.crc32(text.encode())
 
 
+def is_usable(text: str) -> bool:
+    """Long enough, and without anything that the chat format means something by."""
+    return len(text) > 50 and not any(token in text for token in [*SPECIAL, *PLAIN_ADDED, MASK])
+
+
 def library_documents(root: Path | None = None) -> list[Document]:
     """Every module of the standard library below `root`, sorted by its path."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
@@ -79,8 +85,25 @@ def library_documents(root: Path | None = None) -> list[Document]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:  # a few modules keep their historical encoding
             continue
-        if len(text) > 50 and not any(token in text for token in [*SPECIAL, *PLAIN_ADDED, MASK]):
+        if is_usable(text):
             documents.append(Document(name, text))
+    return documents
+
+
+def bundled_documents(root: Path | None = None) -> list[Document]:
+    """The modules of the wheels that the library bundles for ensurepip: Python that the model never saw.
+
+    Drafters learn from what the model writes behind prompts of them too, so that they know it where it does not recite.
+    """
+    folder = (root or Path(sysconfig.get_paths()["stdlib"])) / "ensurepip/_bundled"
+    documents = []
+    for path in sorted(folder.glob("*.whl")):
+        with zipfile.ZipFile(path) as wheel:
+            for name in sorted(name for name in wheel.namelist() if name.endswith(".py")):
+                text = wheel.read(name).decode("utf-8", errors="replace")
+                is_table = sum(c.isdigit() for c in text) > len(text) // 8
+                if is_usable(text) and not is_table:
+                    documents.append(Document(f"{path.name}/{name}", text))
     return documents
 
 
@@ -193,17 +216,19 @@ def digest(documents: list[Document]) -> str:
 
 
 def build(out: Path) -> dict[str, Any]:
-    """Write tokenizer.json, train.bin, heldout.bin (U16 ids), their texts and corpus.json into `out`."""
+    """Write tokenizer.json, train.bin, heldout.bin (U16 ids), their texts, bundled.txt and corpus.json into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     train, heldout = split_heldout(library_documents())
     render = chat_renderer()
     chat_documents = [Document(name, render(**row)) for name, row in chats(train)]
     tokenizer = train_tokenizer(train)
     tokenizer.save(str(out / "tokenizer.json"))
-    texts = {"train": train + chat_documents, "heldout": heldout}
-    ids = {split: encode(tokenizer, documents) for split, documents in texts.items()}
+    bundled = bundled_documents()
+    texts = {"train": train + chat_documents, "heldout": heldout, "bundled": bundled}
+    ids = {split: encode(tokenizer, texts[split]) for split in ("train", "heldout")}
     for split, documents in texts.items():
-        ids[split].tofile(out / f"{split}.bin")
+        if split in ids:
+            ids[split].tofile(out / f"{split}.bin")
         text = "".join(framed(document) for document in documents)
         (out / f"{split}.txt").write_text(text, encoding="utf-8")
     facts = {
@@ -217,6 +242,7 @@ def build(out: Path) -> dict[str, Any]:
         "heldout_bytes": sum(len(document.text.encode()) for document in heldout),
         "heldout_tokens": len(ids["heldout"]),
         "heldout_sha256": digest(heldout),
+        "bundled_sha256": digest(bundled),
     }
     (out / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts

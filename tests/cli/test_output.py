@@ -195,6 +195,15 @@ def test_a_signal_handler_may_speak_in_the_middle_of_a_write() -> None:
     Output(Mode.JSON, stderr=Busy()).warning("stopping")
 
 
+def test_what_is_said_after_stderr_was_closed_is_lost_and_nothing_else() -> None:
+    closed = io.StringIO()
+    outputs = [Output(stderr=closed), Output(Mode.JSON, stderr=closed)]
+    closed.close()
+    for output in outputs:
+        output.status("late")
+        output.warning("late")
+
+
 def test_log_messages_of_the_package_are_notes(capsys: pytest.CaptureFixture[str]) -> None:
     import logging
 

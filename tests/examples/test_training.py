@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -149,3 +150,16 @@ def test_heldout_files_are_whole_and_in_no_training_part(script: Script) -> None
     assert len(train) + len(heldout) == 100
     assert not {d.name for d in train} & {d.name for d in heldout}
     assert corpus.MAX_HELDOUT_BYTES - 18_000 < sum(len(d.text) for d in heldout) <= corpus.MAX_HELDOUT_BYTES
+
+
+def test_bundled_modules_are_code_of_the_wheels_alone(script: Script, tmp_path: Path) -> None:
+    folder = tmp_path / "ensurepip/_bundled"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "tool-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("tool/code.py", "def add(a, b):\n    return a + b\n" * 4)
+        wheel.writestr("tool/table.py", "VALUES = [1, 22, 333, 4444, 55555]\n" * 4)
+        wheel.writestr("tool/short.py", "x = 1\n")
+        wheel.writestr("tool/notes.txt", "def add(a, b): no code\n" * 10)
+    assert [d.name for d in script("corpus").bundled_documents(tmp_path)] == [
+        "tool-1-py3-none-any.whl/tool/code.py"
+    ]

@@ -190,19 +190,20 @@ class Output:
 class _BestEffort:
     """A stream that swallows its faults: a terminal that went away must not stop the work behind it.
 
-    Nor must a signal handler that speaks while its own thread is writing, which Python answers by RuntimeError.
+    Nor must a signal handler that speaks while its own thread is writing, which Python answers by RuntimeError, nor a
+    thread that speaks after the stream was closed, which it answers by ValueError.
     """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, RuntimeError):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, RuntimeError):
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
