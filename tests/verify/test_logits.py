@@ -140,7 +140,7 @@ def test_how_tokens_are_batched_does_not_matter(
 ) -> None:
     """But for the last bits of products; nothing is rounded here that could make more of them."""
     whole = against_source(tiny, nvfp4, windows, EXACT)
-    monkeypatch.setattr("m27quant.verify.logits.LOGIT_ELEMENTS", 50_000)
+    monkeypatch.setattr("m27quant.runtime.divergence.LOGIT_ELEMENTS", 50_000)
     parts = against_source(tiny, nvfp4, windows, EXACT, batch_tokens=128)
     assert torch.allclose(whole.kl, parts.kl, rtol=1e-3, atol=1e-6)
     assert torch.equal(whole.same_top1, parts.same_top1)

@@ -59,7 +59,10 @@ class Batch:
     """[T, D]: what router and experts of the present layer see."""
     y: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     """[T, D]: what its experts have given so far."""
+    routing: M.Routing | None = None
+    """Where the router of the present layer, or of the last one, sends each token."""
     routed: M.Assignments | None = None
+    """The same by expert."""
 
     def to(self, expert: int) -> M.Assignment:
         """The tokens that one expert of the present layer gets."""
@@ -121,17 +124,25 @@ class StreamedModel:
             rotary = M.rotary_table(positions, c, self.dtype)
             batch.x = M.attention_block(batch.x, weights, c, rotary, _attend(batch.lengths, kv_scales))
             batch.h = M.moe_input(batch.x, router, c)
-            routing = M.route(batch.h, router, c.num_experts_per_tok)
-            batch.routed = M.assignments(routing, c.num_local_experts)
+            batch.routing = M.route(batch.h, router, c.num_experts_per_tok)
+            batch.routed = M.assignments(batch.routing, c.num_local_experts)
             batch.y = torch.zeros_like(batch.h)
 
     def load_expert(self, layer: int, index: int) -> M.Expert:
         """One expert of a layer, in the precision that was asked for."""
-        modules = {p: names.expert(layer, index, p) for p in names.EXPERT_PROJECTIONS}
-        w1, w2, w3 = (dequantize_linear(self.source, m, self.device, self.dtype) for m in modules.values())
+        return self.with_inputs(layer, index, self.expert_weights(layer, index))
+
+    def expert_weights(self, layer: int, index: int) -> tuple[torch.Tensor, ...]:
+        """w1, w2 and w3 of an expert: the same for every precision of one checkpoint."""
+        modules = _modules(layer, index)
+        return tuple(dequantize_linear(self.source, m, self.device, self.dtype) for m in modules)
+
+    def with_inputs(self, layer: int, index: int, weights: tuple[torch.Tensor, ...]) -> M.Expert:
+        """The expert of these weights, its inputs in the precision that was asked for."""
+        w1, w2, w3 = weights
         if self.precision.activations == "bf16":
             return lambda h: F.linear(M.gated_activation(h, w1, w3), w2)
-        s1, s2, s3 = (self._input_scale(m) for m in modules.values())
+        s1, s2, s3 = (self._input_scale(m) for m in _modules(layer, index))
         s13 = torch.maximum(s1, s3)  # engines keep one for both, the larger
         quantize = nvfp4_quantize.fake_quantize
         return lambda h: F.linear(quantize(M.gated_activation(quantize(h, s13), w1, w3), s2), w2)
@@ -144,9 +155,10 @@ class StreamedModel:
                 M.add_output(batch.y, apply(batch.h[to.rows]), to)
 
     def finish_layer(self) -> None:
-        """Add y to x: the layer is done."""
+        """Add y to x: the layer is done, and what only it needed is let go."""
         for batch in self.batches:
             batch.x = batch.x + batch.y
+            batch.h = batch.y = torch.empty(0)
 
     def layer(self, layer: int) -> None:
         """One whole layer; experts that no token is routed to are not read."""
@@ -225,6 +237,10 @@ def logits(
     for index in range(config.num_hidden_layers):
         model.layer(index)
     return model.head()(batch.x)
+
+
+def _modules(layer: int, index: int) -> list[str]:
+    return [names.expert(layer, index, projection) for projection in names.EXPERT_PROJECTIONS]
 
 
 def fake_quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

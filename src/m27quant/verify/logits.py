@@ -3,19 +3,17 @@
 In memory at a time: one layer's attention or one expert of each model, and the hidden states of all tokens (24 bytes
 a token and hidden dimension); so that it works where neither model fits.
 
-Shapes: T tokens, N of them routed to one expert, D hidden, V vocabulary.
+Shapes: T tokens.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from m27quant.checkpoint.hub import Location
 from m27quant.checkpoint.layout import check_layout
@@ -26,10 +24,9 @@ from m27quant.checkpoint.tokenizer import Tokenizer
 from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.runtime.device import pick_device
+from m27quant.runtime.divergence import joined, sqnr_db, squares, token_scores
 from m27quant.runtime.streamed import (
     Activations,
-    Batch,
-    Head,
     KvCache,
     Precision,
     StreamedModel,
@@ -40,9 +37,6 @@ from m27quant.verify.comparison import Comparison, figures, report
 
 MAX_TEXT_BYTES = 256 * 2**20
 BATCH_TOKENS = 2048
-LOGIT_ELEMENTS = 2**24
-"""Logits of each model that are in memory at a time."""
-
 MIN_EXPERT_TOKENS = 32
 """An expert that fewer of the text's tokens go to is not judged: one outlier would decide."""
 
@@ -175,7 +169,8 @@ def compare(
             tell(layer, expert + 1)
         for model in pair:
             model.finish_layer()
-        layer_sqnr.append(_sqnr_db((a.x, b.x) for a, b in zip(pair[0].batches, pair[1].batches, strict=True)))
+        behind = ((a.x, b.x) for a, b in zip(pair[0].batches, pair[1].batches, strict=True))
+        layer_sqnr.append(sqnr_db(*squares(behind)))
     result = _compare_logits(pair[0], pair[1], windows.targets)
     result.layer_sqnr_db, result.expert_sqnr_db = layer_sqnr, expert_sqnr
     return result
@@ -196,47 +191,15 @@ def _expert(source: StreamedModel, ours: StreamedModel, layer: int, expert: int)
 
     source.expert(expert, theirs)
     ours.expert(expert, mine)
-    return _sqnr_db(outputs()) if num_tokens[0] >= MIN_EXPERT_TOKENS else None
+    return sqnr_db(*squares(outputs())) if num_tokens[0] >= MIN_EXPERT_TOKENS else None
 
 
 def _compare_logits(source: StreamedModel, ours: StreamedModel, targets: torch.Tensor) -> Comparison:
-    kl: list[torch.Tensor] = []
-    same: list[torch.Tensor] = []
-    nlls: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    heads, at = (source.head(), ours.head()), 0
-    for theirs, mine in zip(source.batches, ours.batches, strict=True):
-        for log_p, log_q in _log_probabilities(heads, theirs, mine):
-            p = log_p.exp()
-            # 0 * (-inf - x) would be NaN where a token is impossible to the source
-            kl.append(torch.where(p > 0, p * (log_p - log_q), 0).sum(-1).cpu())
-            same.append((log_p.argmax(-1) == log_q.argmax(-1)).cpu())
-            target = targets[at : at + len(log_p)].to(log_p.device)
-            at += len(log_p)
-            rows = (target >= 0).nonzero().squeeze(1)
-            for nll, log in zip(nlls, (log_p, log_q), strict=True):
-                nll.append(-log[rows, target[rows]].cpu())
-    return Comparison(torch.cat(kl), torch.cat(same), (torch.cat(nlls[0]), torch.cat(nlls[1])))
-
-
-def _log_probabilities(
-    heads: tuple[Head, Head], theirs: Batch, mine: Batch
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """F64 [rows, V] by both, as many rows at a time as memory is given."""
-    step = max(1, LOGIT_ELEMENTS // len(heads[0].weight))
-    for begin in range(0, len(theirs.ids), step):
-        rows = slice(begin, begin + step)
-        yield (
-            F.log_softmax(heads[0](theirs.x[rows]).double(), dim=-1),
-            F.log_softmax(heads[1](mine.x[rows]).double(), dim=-1),
-        )
-
-
-def _sqnr_db(pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Signal to noise in dB over all pairs (right, found); inf where they are equal, NaN where one is NaN."""
-    signal = noise = 0.0
-    for right, found in pairs:
-        signal += float(right.double().square().sum())
-        noise += float((right.double() - found.double()).square().sum())
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
+    heads, pieces = (source.head(), ours.head()), torch.split(targets, [len(b.ids) for b in source.batches])
+    scored = [
+        token_scores(heads, (theirs.x, mine.x), piece)
+        for theirs, mine, piece in zip(source.batches, ours.batches, pieces, strict=True)
+    ]
+    theirs, mine = (joined([batch[i] for batch in scored]) for i in (0, 1))
+    followed = targets >= 0
+    return Comparison(mine.kl, mine.top1 == 1, (theirs.nll[followed], mine.nll[followed]))
