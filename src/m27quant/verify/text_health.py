@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 NGRAM = 8
 _EXTENSIONS = (
@@ -35,20 +36,38 @@ class Health:
     """Share of characters that were no valid UTF-8."""
 
 
+class Counts(NamedTuple):
+    """Of one text: how often each sign stands in it, and among how many places."""
+
+    spurious_spaces: int
+    words: int
+    repeated: int
+    ngrams: int
+    broken_characters: int
+    characters: int
+
+
+def counts(text: str, tokens: Sequence[int]) -> Counts:
+    """The signs of one text and of its tokens."""
+    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
+    return Counts(
+        spurious_spaces=len(spurious_spaces(text)),
+        words=len(_WORD.findall(text)),
+        repeated=len(grams) - len(set(grams)),
+        ngrams=len(grams),
+        broken_characters=text.count(REPLACEMENT),
+        characters=len(text),
+    )
+
+
 def health(texts: Iterable[str], tokens: Iterable[Sequence[int]]) -> Health:
-    """Figures of texts and of their tokens."""
-    together = list(texts)
-    words = sum(len(_WORD.findall(text)) for text in together)
-    characters = sum(map(len, together))
-    repeated, total = 0, 0
-    for ids in tokens:
-        grams = [tuple(ids[i : i + NGRAM]) for i in range(len(ids) - NGRAM + 1)]
-        repeated += len(grams) - len(set(grams))
-        total += len(grams)
+    """Figures of texts and of their tokens, all together."""
+    each = [counts(text, ids) for text, ids in zip(texts, tokens, strict=True)]
+    total = Counts(*(sum(column) for column in zip(*each, strict=True))) if each else Counts(0, 0, 0, 0, 0, 0)
     return Health(
-        spurious_spaces=sum(len(spurious_spaces(text)) for text in together) / max(1, words),
-        repetition=repeated / max(1, total),
-        broken_characters=sum(text.count(REPLACEMENT) for text in together) / max(1, characters),
+        spurious_spaces=total.spurious_spaces / max(1, total.words),
+        repetition=total.repeated / max(1, total.ngrams),
+        broken_characters=total.broken_characters / max(1, total.characters),
     )
 
 
