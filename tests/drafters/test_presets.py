@@ -94,6 +94,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 ELSEWHERE = {
     "adam_lr", "heldout", "eval_every", "eval_samples", "save_every", "resume", "overwrite", "force_unlock",
     "activations", "kv_cache_dtype", "revision", "offline", "token", "device", "cache_size", "layout",
+    "init_from",
 }  # fmt: skip
 """Options of what is kept, measured and read, which other tests change."""
 

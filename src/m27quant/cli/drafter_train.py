@@ -30,6 +30,7 @@ def train(
     data: opt.Data,
     out: opt.Out,
     preset: opt.Preset = None,
+    init_from: opt.InitFrom = None,
     layers: opt.Layers = None,
     taps: opt.Taps = None,
     block_size: opt.BlockSize = None,
@@ -103,7 +104,7 @@ def train(
     from m27quant.drafters.train import train_drafter
 
     chosen = TrainOptions(
-        preset=preset, num_layers=layers, taps=opt.numbers("--taps", taps), block_size=block_size,
+        preset=preset, init_from=init_from, num_layers=layers, taps=opt.numbers("--taps", taps), block_size=block_size,
         train_block_sizes=opt.numbers("--train-block-sizes", train_block_sizes), mask_token=mask_token,
         intermediate_size=intermediate_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
         rope_theta=rope_theta, draft_vocab_size=draft_vocab_size, anchors_per_seq=anchors_per_seq,

@@ -64,6 +64,14 @@ Preset = Annotated[
     ),
 ]  # fmt: skip
 
+InitFrom = Annotated[
+    str | None,
+    typer.Option(
+        "--init-from", metavar="DRAFTER", show_default=False, rich_help_panel=DRAFTER,
+        help="A drafter, folder or Hub id, whose sizes and weights the run begins with.",
+    ),
+]  # fmt: skip
+
 
 def _number(name: str, panel: str, text: str, least: float | None = None) -> Any:
     return typer.Option(name, min=least, help=text, show_default=False, rich_help_panel=panel)

@@ -172,7 +172,8 @@ def _training(plan: Prepared, result: Mapping[str, Any]) -> dict[str, str]:
     ranks = plan.fingerprint["ranks"]
     split = f"{ranks} ranks of " * (ranks > 1) + f"{r.grad_accumulation} times {r.batch_size} samples"
     rate = f"lr {r.lr:g}" + f", AdamW {r.adam_lr:g} for the rest" * (r.optimizer == "muon")
-    return {
+    begun = {"begun with": f"the weights of {escape_markdown(plan.start.name)}"} if plan.start else {}
+    return begun | {
         "steps": f"{plan.steps:,}, each of {split}",
         "loss": objective_statement(r.shape, r.objective),
         "optimizer": f"{r.optimizer}, {rate}, weight decay {r.weight_decay:g}, warm-up {r.warmup:g}, {r.schedule}, "

@@ -32,13 +32,20 @@ ANCHORS_AT_ONCE = 24
 """Of a sequence, when every position is drafted from."""
 
 
-def drafting_of(recipe: Recipe, samples: Sequence[Sample], shared: Shared) -> DFlashTraining | Eagle3Training:
-    """The drafter that a recipe describes; EAGLE3's vocabulary are the tokens that the target wrote most often."""
+def drafting_of(
+    recipe: Recipe, samples: Sequence[Sample], shared: Shared, tokens_W: Tensor | None = None
+) -> DFlashTraining | Eagle3Training:
+    """The drafter that a recipe describes.
+
+    EAGLE3's vocabulary are the tokens that the target wrote most often, where `tokens_W` does not say which.
+    """
     shape, objective = recipe.shape, recipe.objective
     if shape.kind == "dflash":
         return DFlashTraining(shape, objective, shared)
-    vocabulary = draft_vocabulary(count_tokens(samples, shape.vocab_size), shape.draft_vocab_size)
-    tokens_W = vocabulary.tokens_W.to(shared.head_VD.device)
+    if tokens_W is None:
+        counts = count_tokens(samples, shape.vocab_size)
+        tokens_W = draft_vocabulary(counts, shape.draft_vocab_size).tokens_W
+    tokens_W = tokens_W.to(shared.head_VD.device)
     return Eagle3Training(shape, objective, shared, Vocabulary(tokens_W, shape.vocab_size))
 
 

@@ -72,9 +72,13 @@ class Learner:
         self.plan, self.drafting, self.states, self.ranks = plan, drafting, states, ranks
         self.device, self.dtype = device, dtype
         recipe = plan.recipe
-        masters = drafting.init(torch.Generator().manual_seed(recipe.seed))
+        masters = (
+            drafting.init(torch.Generator().manual_seed(recipe.seed))
+            if plan.start is None
+            else plan.start.weights
+        )
         self.optimizer = DrafterOptimizer(
-            {name: w.to(device) for name, w in masters.items()}, dtype, kind=recipe.optimizer, lr=recipe.lr,
+            {name: w.to(device, copy=True) for name, w in masters.items()}, dtype, kind=recipe.optimizer, lr=recipe.lr,
             adam_lr=recipe.adam_lr, weight_decay=recipe.weight_decay,
         )  # fmt: skip
 

@@ -28,6 +28,8 @@ class TrainOptions:
     """
 
     preset: str | None = None
+    init_from: str | None = None
+    """A drafter, folder or Hub id, whose sizes and weights the run begins with."""
     # The drafter.
     num_layers: int | None = None
     """DFlash: decoder layers.  EAGLE3 has one."""
@@ -116,7 +118,7 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"{name} must be above 0 and finite, got {value}")
-        for first, second in (("steps", "epochs"), ("loss_decay", "loss_gamma"), ("resume", "overwrite")):
+        for first, second in EXCLUSIVE:
             if getattr(self, first) not in (None, False) and getattr(self, second) not in (None, False):
                 raise UsageError(f"{first} and {second} exclude each other", hint="choose one of them")
         if self.eval_every is not None and self.heldout is None:
@@ -128,6 +130,12 @@ class TrainOptions:
         return {name: getattr(self, name) for name, value in default.items() if getattr(self, name) != value}
 
 
+EXCLUSIVE = (
+    ("steps", "epochs"),
+    ("loss_decay", "loss_gamma"),
+    ("resume", "overwrite"),
+    ("preset", "init_from"),
+)
 LEAST: dict[str, float] = {
     "num_layers": 1, "block_size": 2, "mask_token": 0, "intermediate_size": 1, "num_heads": 1, "num_kv_heads": 1,
     "head_dim": 2, "draft_vocab_size": 1, "anchors_per_seq": 1, "num_steps": 1, "loss": 0, "steps": 1,

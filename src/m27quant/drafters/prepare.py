@@ -21,6 +21,7 @@ from m27quant.drafters.options import TrainOptions
 from m27quant.drafters.order import Order, mixed
 from m27quant.drafters.presets import Recipe, resolve
 from m27quant.drafters.samples import MANIFEST, Sample, read_manifest, read_samples
+from m27quant.drafters.start import Start, read_start
 from m27quant.drafters.states import fingerprint_of
 from m27quant.errors import UsageError, escape
 
@@ -37,6 +38,8 @@ class Prepared:
     config: M2Config
     samples: list[Sample]
     heldout: list[Sample]
+    start: Start | None
+    """The drafter that the run begins with."""
     order: Order
     steps: int
     fingerprint: dict[str, Any]
@@ -58,6 +61,7 @@ class Prepared:
             f"{', '.join(str(state - 1) for state in s.hidden_states)} counted from 0)",
             f"data: {len(self.samples):,} samples, {self.num_learned:,} tokens that the target wrote"
             + (f"; {len(self.heldout):,} samples held out" if self.heldout else ""),
+            *([f"begins with the weights of {escape(self.start.name)}"] if self.start else []),
             f"training: {self.steps:,} steps of {self.order.size} samples ({self.order.steps_per_epoch:,} an epoch), "
             f"{r.optimizer}, lr {r.lr:g}, {r.schedule}",
         ]
@@ -83,7 +87,8 @@ def prepare(
         say(location.describe())
     with open_checkpoint(location) as source:
         config = source.config
-    recipe = resolve(kind, options, config)
+    start = _start(kind, options, config, say)
+    recipe = resolve(kind, options, config, None if start is None else start.values)
     read = _Reader(location.folder, config.vocab_size, recipe.max_length)
     samples = [sample for path in data for sample in read(path)]
     usable = [sample for sample in samples if _can_be_learned(sample)]
@@ -98,22 +103,35 @@ def prepare(
     size = recipe.batch_size * recipe.grad_accumulation * num_ranks
     order = Order([len(sample) for sample in usable], size, recipe.seed)
     steps = recipe.steps or max(1, ceil((recipe.epochs or 0) * order.steps_per_epoch))
-    fingerprint = recipe.document() | {
-        "target": fingerprint_of(target, **hub),  # type: ignore[arg-type]
-        "activations": options.activations,
-        "kv_cache_dtype": options.kv_cache_dtype,
-        "data": digest(usable),
-        "samples": len(usable),
-        "ranks": num_ranks,
-        "steps": steps,
-        "layout": options.layout,
-        "m27quant": m27quant.__version__,
-    }
+    fingerprint = (
+        recipe.document()
+        | {
+            "target": fingerprint_of(target, **hub),  # type: ignore[arg-type]
+            "activations": options.activations,
+            "kv_cache_dtype": options.kv_cache_dtype,
+            "data": digest(usable),
+            "samples": len(usable),
+            "ranks": num_ranks,
+            "steps": steps,
+            "layout": options.layout,
+            "m27quant": m27quant.__version__,
+        }
+        | ({} if start is None else {"init_from": start.digest})
+    )
     return Prepared(
         recipe=recipe, target=target, target_folder=location.folder, repo_id=location.repo_id, config=config,
-        samples=usable, heldout=heldout, order=order, steps=steps, fingerprint=fingerprint,
+        samples=usable, heldout=heldout, start=start, order=order, steps=steps, fingerprint=fingerprint,
         manifests=_manifests(data),
     )  # fmt: skip
+
+
+def _start(kind: str, options: TrainOptions, config: M2Config, say: Callable[[str], None]) -> Start | None:
+    if options.init_from is None:
+        return None
+    location = locate(options.init_from, offline=options.offline, token=options.token)
+    if location.repo_id is not None:
+        say(location.describe())
+    return read_start(location.folder, kind, config)
 
 
 def _held_out(

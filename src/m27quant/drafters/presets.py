@@ -6,6 +6,7 @@ files' `target_layer_ids` and nested `eagle_aux_hidden_state_layer_ids` are one 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -116,11 +117,15 @@ class Recipe:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
 
 
-def resolve(kind: str, options: TrainOptions, target: M2Config) -> Recipe:
+def resolve(
+    kind: str, options: TrainOptions, target: M2Config, start: Mapping[str, Any] | None = None
+) -> Recipe:
     """Fill what the options leave open: from the preset, then from the kind's defaults, then from the target.
 
+    `start` has the sizes of the drafter that the run begins with; only its block size may be changed.
+
     Raises:
-        UsageError: an option or preset of the other kind, or a value that the target does not allow.
+        UsageError: an option or preset of the other kind, or a value that the target or `start` does not allow.
     """
     if kind not in KINDS:
         raise UsageError(f"no such kind of drafter: {kind!r}", hint=f"choose one of {', '.join(KINDS)}")
@@ -135,7 +140,13 @@ def resolve(kind: str, options: TrainOptions, target: M2Config) -> Recipe:
         chosen.pop("epochs")
     if "loss_gamma" in chosen:
         chosen.pop("loss_decay", None)
+    chosen |= start or {}
     chosen |= {name: value for name, value in given.items() if value is not None}
+    for name, value in (start or {}).items():
+        if chosen[name] != value and name != "block_size":
+            raise UsageError(
+                f"{name} {chosen[name]}: the drafter to begin with has {value}", hint="leave the option out"
+            )
     shape = _shape(kind, chosen, options, target)  # type: ignore[arg-type]  # checked above
     if chosen["max_length"] > target.max_position_embeddings:
         if options.max_length != TrainOptions.max_length:
@@ -222,7 +233,7 @@ def _shape(kind: Kind, chosen: dict[str, Any], options: TrainOptions, target: M2
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=EPS,
+        rms_norm_eps=chosen.get("rms_norm_eps", EPS),
         rope_theta=float(chosen.get("rope_theta", target.rope_theta)),
         max_position_embeddings=target.max_position_embeddings,
         vocab_size=target.vocab_size,

@@ -70,7 +70,8 @@ class Run:
         shared = Shared(
             self.states.embed.to(device, dtype).clone(), self.states.head.to(device, dtype).clone()
         )
-        self.drafting = drafting_of(recipe, plan.samples, shared)
+        tokens_W = plan.start.tokens_W if plan.start else None
+        self.drafting = drafting_of(recipe, plan.samples, shared, tokens_W)
         self.learner = Learner(plan, self.drafting, self.states, ranks, device, dtype)
         self.log = Log(folder.private / LOG)
         self.where = {

@@ -126,10 +126,10 @@ def shared_weights(
             f"drafter: draft_vocab_size is {c.draft_vocab_size} of {c.vocab_size} tokens, but there is no d2t",
             hint="export the drafter with its d2t",
         )
-    return Shared(embed, head, _draft_to_target(w, target.vocab_size))
+    return Shared(embed, head, draft_to_target(w, target.vocab_size))
 
 
-def _draft_to_target(w: DrafterTensors, vocab_size: int) -> Tensor:
+def draft_to_target(w: DrafterTensors, vocab_size: int) -> Tensor:
     """int64 [W] of tokens, from d2t's offsets; checked against t2d."""
     offsets = read_tensor(w.infos["d2t"])
     if offsets.dtype not in (torch.int64, torch.int32):
