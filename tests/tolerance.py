@@ -49,6 +49,10 @@ SUM_F32: Final = 1e-6
 """A product accumulated in F32 against F64, as a share of the sum of its terms' magnitudes: the order of summation is
 free.  Measured: 1e-7 for blocks of 16 of 3072 terms, up to 6e-7 for a BLAS that adds 272 terms one by one."""
 
+F32_FEEDBACK: Final = 1e-5
+"""GPTQ's updated weights in F32 against F64, as a share of the largest: a sum of a few hundred terms of that size, and
+couplings rounded to 24 bits.  Codes and scales that F64 finds worse by more than this were chosen wrongly."""
+
 SUM_FLOOR: Final = 2.0**-147
 """Beside it, for each 1 of activation: a weight below F32's normal numbers is rounded to steps of 2**-149."""
 

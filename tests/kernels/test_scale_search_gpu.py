@@ -35,7 +35,7 @@ def check(case: str) -> None:
         weight.view(torch.uint8)[3, 5] = 0x7F
     found = []
     for search in (gpu.pack_least_error, scale_search.pack):
-        codes, scale = nvfp4_pack._buffers(weight, None)
+        codes, scale = nvfp4_pack.buffers(weight, None)
         scale_2 = reference.global_scale(amax)
         finite = search(weight, scale_inv, scale_2, block, channel, codes, scale)
         assert finite == (case != "nonfinite")

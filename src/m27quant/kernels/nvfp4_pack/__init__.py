@@ -134,7 +134,7 @@ def pack(
     checks.check_weight(weight, scale_inv, block)
     checks.check_amax(amax)
     weight_scale_2 = reference.global_scale(amax.to(weight.device))
-    codes, scale = _buffers(weight, out)
+    codes, scale = buffers(weight, out)
     if scales == "mse":
         channel_weight = checks.channel_weights(channel_weight, weight)
         finite = _search(weight, scale_inv, weight_scale_2, block, channel_weight, codes, scale)
@@ -180,7 +180,7 @@ def compare(
         ValueError: tensors of other shapes than `pack` gives.
     """
     checks.check_weight(weight, scale_inv, block)
-    _buffers(weight, (packed.weight, packed.weight_scale))
+    buffers(weight, (packed.weight, packed.weight_scale))
     if scales == "mse":
         return _compare_least_error(weight, scale_inv, packed, block)
     found = _backend(weight.device).exact_row_errors(weight, scale_inv, packed, block)
@@ -224,7 +224,7 @@ def _search(
 def _compare_least_error(
     weight: Tensor, scale_inv: Tensor | None, packed: PackedNVFP4, block: tuple[int, int]
 ) -> Exact | None:
-    codes, scale = _buffers(weight, None)
+    codes, scale = buffers(weight, None)
     if not _search(weight, scale_inv, packed.weight_scale_2, block, None, codes, scale):
         return None
     same = torch.equal(codes, packed.weight)
@@ -247,7 +247,8 @@ def _backend(device: torch.device) -> ModuleType:
     return reference
 
 
-def _buffers(weight: Tensor, out: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def buffers(weight: Tensor, out: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """Codes and block scales to write a packed `weight` to: `out` where it fits, else new ones."""
     N, K = weight.shape
     wanted = (((N, K // 2), torch.uint8), ((N, K // GROUP), torch.float8_e4m3fn))
     if out is None:
