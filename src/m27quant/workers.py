@@ -60,6 +60,7 @@ def working_together(
             options = replace(options, device=device_of(options.device, 0))
     try:
         yield ranks, options
+        ranks.say_goodbye()
     except BaseException as fault:
         ranks.fail(fault)
         raise
@@ -176,6 +177,7 @@ def main() -> int:
     try:
         ranks = call(*task["place"])
         quantize_checkpoint(task["model"], task["out"], Options(**task["options"]), stop=stop, ranks=ranks)
+        ranks.say_goodbye()
     except M27Error as fault:
         if ranks.is_spokesman:
             sys.stderr.write(f"error: {fault.message}\nhint: {fault.hint}\n")

@@ -135,6 +135,19 @@ def test_who_hangs_up_without_a_word_is_named_at_once(gone: int, group: Callable
     assert [r.is_spokesman for r in left] == [True, False]
 
 
+@pytest.mark.parametrize("leaving", [0, 1])
+def test_who_has_said_goodbye_is_not_missed(leaving: int, group: Callable[[int], list[Ranks]]) -> None:
+    ranks = group(3)
+    on_all(ranks, lambda r: r.gather("last", r.rank, nothing))
+    ranks[leaving].say_goodbye()
+    ranks[leaving].close()
+    time.sleep(0.2)
+    for r in ranks:
+        r.check()
+    with pytest.raises(M27Error, match=f"rank {leaving} is at 'goodbye'"):  # instead of waiting for ever
+        ranks[0 if leaving else 1].gather("one more", None, nothing)
+
+
 def test_who_waits_still_hears_a_signal(group: Callable[[int], list[Ranks]]) -> None:
     def stop() -> None:
         raise Interrupted("stopped")

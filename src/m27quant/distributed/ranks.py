@@ -20,6 +20,8 @@ from m27quant import errors
 from m27quant.distributed.channel import Channel
 from m27quant.errors import EnvironmentFault, Interrupted, M27Error, escape
 
+GOODBYE = "goodbye"
+"""The last step of a rank that has done its part; nobody is there with it."""
 LOOK_S = 0.1
 """Seconds between two looks at signals while waiting for others."""
 
@@ -146,8 +148,18 @@ class Ranks:
             with suppress(OSError):
                 peer.channel.send(told)
 
+    def say_goodbye(self) -> None:
+        """Tell the others that this rank has done its part: that it hangs up is no death then."""
+        with self._guard:
+            if self._over or self._fault is not None:
+                return
+            self._over = True
+        for peer in self._peers.values():
+            with suppress(OSError):
+                peer.channel.send({"step": GOODBYE})
+
     def close(self) -> None:
-        """Hang up on all others, without a fault."""
+        """Hang up on all others; a death to them, unless they were told otherwise before."""
         with self._guard:
             self._over = True
         for peer in self._peers.values():
@@ -160,6 +172,8 @@ class Ranks:
                 self._note(_revived(message["fault"], self.size))
                 return
             peer.inbox.put(message)
+            if message.get("step") == GOODBYE:
+                return
         self._note(self._gone(peer))
 
     def _note(self, fault: M27Error) -> None:
