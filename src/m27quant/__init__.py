@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from m27quant.drafters.options import TrainOptions
     from m27quant.drafters.train import TrainResult, train_drafter
     from m27quant.estimate import DryRun, dry_run
+    from m27quant.evaluation.limits import Limits
+    from m27quant.evaluation.result import Evaluation
+    from m27quant.evaluation.run import evaluate
     from m27quant.llm import load
     from m27quant.prepare import Options
     from m27quant.pull import PullOptions, PullResult, pull_checkpoint
@@ -59,6 +62,9 @@ _LAZY = {
     "dry_run": "m27quant.estimate",
     "EvalOptions": "m27quant.drafters.evaluation",
     "EvalResult": "m27quant.drafters.evaluation",
+    "Evaluation": "m27quant.evaluation.result",
+    "Limits": "m27quant.evaluation.limits",
+    "evaluate": "m27quant.evaluation.run",
     "evaluate_drafter": "m27quant.drafters.evaluate",
     "generate_drafter_data": "m27quant.drafters.generate",
     "GenerateResult": "m27quant.runtime.api",
@@ -89,9 +95,11 @@ __all__ = [
     "DryRun",
     "EvalOptions",
     "EvalResult",
+    "Evaluation",
     "GenerateResult",
     "Launch",
     "LaunchOptions",
+    "Limits",
     "Options",
     "Overview",
     "PullOptions",
@@ -110,6 +118,7 @@ __all__ = [
     "bench_checkpoint",
     "bench_server",
     "dry_run",
+    "evaluate",
     "evaluate_drafter",
     "generate_drafter_data",
     "inspect_checkpoint",

@@ -20,6 +20,7 @@ from m27quant.cli import (
     assemble,
     bench,
     env,
+    eval,
     explain,
     inspect,
     pull,
@@ -77,6 +78,7 @@ app.command("env")(env.env)
 app.command("quantize")(quantize.quantize)
 app.command("assemble")(assemble.assemble)
 app.command("verify")(verify.verify)
+app.command("eval")(eval.eval_)
 app.command("run")(run.run)
 app.command("serve")(serve.serve)
 app.command("push")(push.push)

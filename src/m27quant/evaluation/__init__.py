@@ -1,1 +1,1 @@
-"""How far quantized checkpoints are from the model that they were made from, measured on text, with intervals and tests."""
+"""How far quantized checkpoints are from what they were made of: measured on text, with intervals and tests."""

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 Activations = Literal["nvfp4", "bf16"]
 KvCache = Literal["fp8", "bf16"]
-Metric = Literal["kl", "nll", "top1", "top8"]
-"""What rows are compared by: KL divergence and negative log-likelihood in nats a token, agreement as a share."""
+Metric = Literal["kl", "nll", "top1", "top8", "greedy"]
+"""What rows are compared by: KL divergence and negative log-likelihood in nats a token, agreement as a share, and
+tokens behind a prompt for which the greedy text is the reference's."""
 
 METRICS: tuple[Metric, ...] = ("kl", "nll", "top1", "top8")
+"""Of them those that each window of text has; greedy texts have prompts of their own."""
 TOP = 8
 """How many of the likeliest tokens `top8` compares."""
 
@@ -138,6 +140,8 @@ class Evaluation:
     seed: int
     candidates: tuple[CandidateResult, ...]
     pairs: tuple[Pair, ...]
+    reference_health: Mapping[str, Any] | None = None
+    """Of the reference's generated texts; None where nothing was generated."""
     failures: tuple[str, ...] = field(default=())
     """What is beyond the limits that were asked for, or not a number, one line each; empty where nothing is."""
 
@@ -149,7 +153,11 @@ class Evaluation:
     def document(self) -> dict[str, Any]:
         """The JSON document without its `schema_version`; floats may be NaN or infinite, which writers turn to null."""
         return {
-            "reference": {"checkpoint": self.reference, "perplexity": self.reference_perplexity.to_json()},
+            "reference": {
+                "checkpoint": self.reference,
+                "perplexity": self.reference_perplexity.to_json(),
+                "health": None if self.reference_health is None else dict(self.reference_health),
+            },
             "data": {
                 "dataset": list(self.dataset),
                 "sha256": self.digest,
