@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from m27quant import quantize_checkpoint
-from m27quant.checkpoint.hub import Location
-from m27quant.checkpoint.quantized import open_checkpoint
 from m27quant.checkpoint.source import Source
 from m27quant.evaluation.greedy import Common, compare_streamed, compare_texts
 from m27quant.evaluation.writing import Prompt, Unwritten, Written, make_prompts, write
 from m27quant.runtime.streamed import Precision, logits
-from tests.checkpoints import write_checkpoint, write_rows
+from tests.evaluation.conftest import CPU, PLAIN, Models
 
-CPU = torch.device("cpu")
-PLAIN = Precision("bf16", "fp8")
 TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Source, Source]]:
-    """A small random model and the same in NVFP4."""
-    home = tmp_path_factory.mktemp("greedy")
-    model = write_checkpoint(home / "fp8")
-    quantize_checkpoint(str(model), home / "nvfp4", dataset=str(write_rows(home / "rows.jsonl")))
-    with open_checkpoint(Location(model)) as source, open_checkpoint(Location(home / "nvfp4")) as nvfp4:
-        yield source, nvfp4
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +21,7 @@ def prompts() -> list[Prompt]:
 
 
 @pytest.fixture(scope="module")
-def written(models: tuple[Source, Source], prompts: list[Prompt]) -> tuple[Written, Written]:
+def written(models: Models, prompts: list[Prompt]) -> tuple[Written, Written]:
     source, nvfp4 = models
     texts = (
         write(source, prompts, TOKENS, device=CPU),
@@ -61,9 +44,7 @@ def test_common_beginnings() -> None:
     assert common([1, 2, 3], [1, 2]) == Common(2, False)
 
 
-def test_whoever_writes_the_point_is_the_same(
-    models: tuple[Source, Source], written: tuple[Written, Written]
-) -> None:
+def test_whoever_writes_the_point_is_the_same(models: Models, written: tuple[Written, Written]) -> None:
     source, nvfp4 = models
     theirs, ours = (texts.continued for texts in written)
     found = compare_texts(theirs, ours)
@@ -74,14 +55,12 @@ def test_whoever_writes_the_point_is_the_same(
     assert {common.is_identical for common in found} == {True, False}
 
 
-def test_a_model_does_not_leave_its_own_text(
-    models: tuple[Source, Source], written: tuple[Written, Written]
-) -> None:
+def test_a_model_does_not_leave_its_own_text(models: Models, written: tuple[Written, Written]) -> None:
     own = compare_streamed(written[0].continued, models[0], device=CPU)
     assert own == [Common(TOKENS, True)] * len(own)
 
 
-def test_by_definition(models: tuple[Source, Source], prompts: list[Prompt]) -> None:
+def test_by_definition(models: Models, prompts: list[Prompt]) -> None:
     """Token by token, each from a forward pass of its own over all that came before."""
     source, nvfp4 = models
     few = prompts[:3]
@@ -98,7 +77,7 @@ def test_by_definition(models: tuple[Source, Source], prompts: list[Prompt]) -> 
     assert found == compare_texts(theirs, ours)
 
 
-def test_a_model_that_does_not_fit_says_so(models: tuple[Source, Source], prompts: list[Prompt]) -> None:
+def test_a_model_that_does_not_fit_says_so(models: Models, prompts: list[Prompt]) -> None:
     found = write(models[0], prompts, TOKENS, device=CPU, max_memory=1000)
     assert isinstance(found, Unwritten)
     assert "memory" in found.reason

@@ -10,13 +10,16 @@ import torch
 
 from m27quant.calib.data import Sequences, load_sequences, parse_dataset
 from m27quant.checkpoint.hub import locate
+from m27quant.checkpoint.tokenizer import Tokenizer
 from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.evaluation.limits import Limits, failures
-from m27quant.evaluation.lockstep import measure
+from m27quant.evaluation.lockstep import Measured, measure
 from m27quant.evaluation.measures import Measures
 from m27quant.evaluation.models import Model, labels, open_candidate, open_reference
 from m27quant.evaluation.result import TOP, Evaluation
-from m27quant.progress import ProgressCallback, ignore
+from m27quant.evaluation.texts import Row, Texts, measure_texts
+from m27quant.evaluation.writing import make_prompts
+from m27quant.progress import Progress, ProgressCallback, ignore
 from m27quant.recipes.schema import Calibration
 from m27quant.runtime.device import pick_device
 
@@ -31,8 +34,11 @@ def evaluate(
     activations: Sequence[str] = ("auto",),
     kv_cache_dtypes: Sequence[str] = ("auto",),
     seed: int = 0,
+    num_prompts: int = 32,
+    max_tokens: int = 64,
     limits: Limits | None = None,
     device: str = "auto",
+    max_memory: int | None = None,
     offline: bool = False,
     token: str | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -52,8 +58,11 @@ def evaluate(
         activations: modes of candidates: nvfp4 (W4A4), bf16 (W4A16), auto (nvfp4 where there are input scales).
         kv_cache_dtypes: fp8, bf16, auto (what config.json declares); each goes with each of `activations`.
         seed: of the draws that intervals and tests are made from; other than 0 it also shuffles the rows.
+        num_prompts: beginnings of windows behind which every model that fits into memory writes; 0: no texts.
+        max_tokens: of each text.
         limits: what may be found at most; what is beyond is in the result's `failures`.
         device: auto, cpu, cuda or cuda:INDEX.
+        max_memory: bytes to stay within while a model writes; None: most of what is free.
         offline: ask nobody but this machine.
         token: the Hub's access token.
         say: takes one line about each thing that was decided.
@@ -83,18 +92,21 @@ def evaluate(
         measured = measure(
             first, models, windows, device=where, num_likeliest=TOP, progress=progress, stop=stop
         )
-    if bad := int((~measured.reference.finite).sum()):
-        raise CheckpointError(
-            f"{escape(str(reference))}: {bad:,} of {len(measured.reference.finite):,} tokens get NaN or infinite "
-            "logits: nothing can be compared with it",
-            hint="`m27quant inspect` shows the reference; is it whole?",
-        )
+        _refuse_non_finite(str(reference), measured)
+        texts = _texts(
+            first, models, windows, num_prompts, max_tokens,
+            seed=seed, device=where, max_memory=max_memory, progress=progress, stop=stop,
+        )  # fmt: skip
     measures = Measures(measured, seed)
     modes = [(model, precision) for model in models for precision in model.precisions]
     rows = tuple(
         measures.row(model, precision, label, sums)
         for (model, precision), label, sums in zip(modes, labels(models), measured.rows, strict=True)
     )
+    pairs = measures.pairs(rows)
+    if texts is not None:
+        rows = texts.beside(rows)
+        pairs += texts.pairs
     num_tokens = sum(len(ids) for ids in windows)
     return Evaluation(
         reference=str(reference),
@@ -106,9 +118,40 @@ def evaluate(
         seq_len=seq_len,
         seed=seed,
         candidates=rows,
-        pairs=measures.pairs(rows),
+        pairs=pairs,
+        reference_health=None if texts is None else texts.reference_health,
         failures=tuple(failures(rows, limits, num_tokens)),
     )
+
+
+def _refuse_non_finite(reference: str, measured: Measured) -> None:
+    if bad := int((~measured.reference.finite).sum()):
+        raise CheckpointError(
+            f"{escape(reference)}: {bad:,} of {len(measured.reference.finite):,} tokens get NaN or infinite "
+            "logits: nothing can be compared with it",
+            hint="`m27quant inspect` shows the reference; is it whole?",
+        )
+
+
+def _texts(
+    reference: Model, models: Sequence[Model], windows: Sequence[torch.Tensor], num_prompts: int, max_tokens: int,
+    *, seed: int, device: torch.device, max_memory: int | None, progress: ProgressCallback, stop: Callable[[], None],
+) -> Texts | None:  # fmt: skip
+    """What the models write behind the windows' beginnings; None where no text was asked for."""
+    if num_prompts < 0 or max_tokens < 1:
+        raise UsageError(f"num_prompts {num_prompts}, max_tokens {max_tokens}: at least 0 and 1")
+    if num_prompts == 0:
+        return None
+    folder = reference.source.folder
+    tokenizer = Tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    modes = zip(labels(models), ((m, p) for m in models for p in m.precisions), strict=True)
+    return measure_texts(
+        reference.source,
+        [Row(model.name, label, model.source, precision) for label, (model, precision) in modes],
+        make_prompts(windows, tokenizer, num_prompts),
+        max_tokens=max_tokens, seed=seed, device=device, max_memory=max_memory, stop=stop,
+        progress=lambda done: progress(Progress(stage="texts", fraction=done)),
+    )  # fmt: skip
 
 
 def read_windows(
