@@ -15,7 +15,8 @@ import torch
 from benchmarks import machine
 from benchmarks.synthetic import Size
 from m27quant.calib.activations import Chunk, MemoryRows, plan_chunks
-from m27quant.calib.layerwise import Dropped, ExpertWeights, LayerRanges, run_attention, run_experts
+from m27quant.calib.layer_ranges import LayerRanges
+from m27quant.calib.layerwise import Dropped, ExpertWeights, run_attention, run_experts
 from m27quant.calib.memory import CHUNK_TOKENS
 from m27quant.checkpoint.config import M2Config, parse_config
 from m27quant.runtime.layer import AttentionWeights, RouterWeights

@@ -20,7 +20,8 @@ from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.writer import open_shards, plan_shard
 from m27quant.kernels import fp8_dequant, nvfp4_pack
 from m27quant.kernels.dispatch import choose
-from m27quant.pack import PackStats, Stored, bf16_buffers, read_expert, stream_experts
+from m27quant.pack import Stored, bf16_buffers, read_expert, stream_experts
+from m27quant.pack_stats import PackStats
 
 Expert = dict[str, Stored]
 Plain = dict[str, torch.Tensor]

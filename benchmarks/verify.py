@@ -29,7 +29,8 @@ from benchmarks.table import Lines, table
 from benchmarks.watch import watch
 from m27quant import quantize_checkpoint, verify_checkpoint
 from m27quant.checkpoint.source import Source
-from m27quant.pack import PackStats, read_expert, stream_experts
+from m27quant.pack import read_expert, stream_experts
+from m27quant.pack_stats import PackStats
 from m27quant.verify.stream import usable_cores
 
 RESULTS = Path(__file__).parent / "results"

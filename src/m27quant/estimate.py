@@ -11,27 +11,25 @@ from typing import Any
 
 import torch
 
-from m27quant.calib.layerwise import amax_tensor
-from m27quant.calib.moments import squares
+from m27quant.calib.gram import Gram
+from m27quant.calib.layer_ranges import amax_tensor
+from m27quant.calib.moments import ChannelWeights, squares
 from m27quant.checkpoint import names
-from m27quant.checkpoint.source import Source
+from m27quant.checkpoint.config import M2Config
 from m27quant.checkpoint.writer import open_shards, plan_shard
 from m27quant.distributed.ranks import Ranks
 from m27quant.kernels import fp8_dequant
-from m27quant.pack import (
-    PackStats,
-    Stored,
-    bf16_buffers,
-    block_scales,
-    pack_expert,
-    read_expert,
-    write_expert,
-)
+from m27quant.kernels.nvfp4_gptq import Factor, factorize
+from m27quant.layer_statistics import PACKED_BY_STATISTICS, statistics_on_disk
+from m27quant.pack import Stored, bf16_buffers, pack_expert, read_expert, write_expert
+from m27quant.pack_stats import PackStats
+from m27quant.packing import ByErrorFeedback, ByLeastError, Packing, plain_packing
 from m27quant.plan import disk_needed
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.quantize import log
+from m27quant.recipes.schema import Method
 from m27quant.runtime.layer import gated_activation
-from m27quant.shares import share_of, sums_on_disk
+from m27quant.shares import share_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +111,7 @@ def dry_run(
                 plan,
                 prepared.hidden_bytes,
                 rows_in_memory=memory.rows_in_memory,
-                sums=sums_on_disk(prepared, options, ranks),
+                sums=statistics_on_disk(plan.resolved.algorithm, options.input_range, source.config, ranks),
             ),
             num_samples=len(prepared.sequences.lengths),
             num_tokens=prepared.sequences.num_tokens,
@@ -140,13 +138,11 @@ def estimate_seconds(prepared: Prepared, num_tokens: int) -> float:
 
     Several ranks are as slow as the one with most tokens, `num_tokens`; each reads all experts.
     """
-    source, device = prepared.source, prepared.device
-    c = source.config
+    c = prepared.source.config
     with torch.inference_mode():
         expert_s, stored = _time_expert(prepared)
         tokens = min(prepared.memory.chunk_tokens, prepared.sequences.num_tokens)
-        weighted = prepared.plan.resolved.algorithm == "awmse"
-        act_s = _time_activation(source, stored, tokens, device, weighted)
+        act_s = _time_activation(prepared, stored, tokens)
     flop = 2 * 2 * c.hidden_size * c.intermediate_size * tokens
     rate = flop / act_s
     dense = (
@@ -162,10 +158,7 @@ def _time_expert(prepared: Prepared) -> tuple[float, dict[str, Stored]]:
     """Seconds to read (twice, where packing comes later), pack and write one expert; of two the second, warm one."""
     source = prepared.source
     method = prepared.plan.resolved.algorithm
-    scales, channels = block_scales(method), {}
-    if weighted := method == "awmse":
-        shapes = names.expert_shapes(source.config)
-        channels = {p: torch.ones(columns) for p, (_, columns) in shapes.items()}
+    how = _packing(method, source.config, prepared.device)
     seconds = 0.0
     buffers = bf16_buffers(source.config, prepared.device)
     last = source.config.num_local_experts - 1
@@ -179,9 +172,9 @@ def _time_expert(prepared: Prepared) -> tuple[float, dict[str, Stored]]:
             ]
             started = time.perf_counter()
             with open_shards(Path(folder), f"expert-{expert}", [plan_shard(specs)], []) as shards:
-                for _ in range(2 if weighted else 1):
+                for _ in range(2 if method in PACKED_BY_STATISTICS else 1):
                     stored = read_expert(source, 0, expert, prepared.device)
-                packed, _ = pack_expert(source, 0, expert, stored, PackStats(), buffers, scales, channels)
+                packed, _ = pack_expert(source, 0, expert, stored, PackStats(), buffers, how)
                 write_expert(shards, packed)
                 for projection in names.EXPERT_PROJECTIONS:
                     shards.write(f"{names.expert(0, expert, projection)}.input_scale", torch.tensor(1.0))
@@ -189,21 +182,49 @@ def _time_expert(prepared: Prepared) -> tuple[float, dict[str, Stored]]:
     return seconds, stored
 
 
-def _time_activation(
-    source: Source, stored: dict[str, Stored], tokens: int, device: torch.device, weighted: bool
-) -> float:
-    """Seconds for one expert's w1 and w3 over `tokens` tokens and the amax, and `squares`, of what comes out."""
-    block = source.config.weight_block_size or fp8_dequant.BLOCK
+def _packing(method: Method, config: M2Config, device: torch.device) -> Packing:
+    """As the recipe packs, by statistics that take as long as real ones."""
+    experts, channels = config.num_local_experts, (config.hidden_size, config.intermediate_size)
+    if method == "awmse":
+        return ByLeastError(ChannelWeights(*(torch.ones(experts, count) for count in channels)))
+    return ByErrorFeedback(_PlainHessians(*channels, device)) if method == "gptq" else plain_packing(method)
+
+
+class _PlainHessians:
+    """Inputs whose channels have nothing in common; w2's is factorized for each expert."""
+
+    def __init__(self, inputs: int, activations: int, device: torch.device) -> None:
+        self._inputs = factorize(torch.eye(inputs, dtype=torch.float64, device=device))
+        self._activations = torch.eye(activations, dtype=torch.float64, device=device)
+        self._last: tuple[int, Factor] | None = None
+
+    def factor(self, expert: int, projection: str) -> Factor:
+        if projection != "w2":
+            return self._inputs
+        if self._last is None or self._last[0] != expert:
+            self._last = expert, factorize(self._activations)
+        return self._last[1]
+
+
+def _time_activation(prepared: Prepared, stored: dict[str, Stored], tokens: int) -> float:
+    """Seconds for one expert's w1 and w3 over `tokens` tokens, and for what the recipe wants to know of the result."""
+    config, device = prepared.source.config, prepared.device
+    method = prepared.plan.resolved.algorithm
+    block = config.weight_block_size or fp8_dequant.BLOCK
     w1, w3 = (
         w if s is None else fp8_dequant.dequantize(w, s, block=block) for w, s in (stored["w1"], stored["w3"])
     )
-    h = torch.randn(tokens, source.config.hidden_size, device=device).bfloat16()
+    h = torch.randn(tokens, config.hidden_size, device=device).bfloat16()
+    routed = tokens * config.num_experts_per_tok // config.num_local_experts
+    gram = Gram(config.intermediate_size, device) if method == "gptq" else None
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
         act = gated_activation(h, w1, w3)
-        if weighted:
+        if method in PACKED_BY_STATISTICS:
             squares(act)
+        if gram is not None:
+            gram.add(act[:routed])
         float(amax_tensor(act))
         seconds = time.perf_counter() - started
     return max(seconds, 1e-9)

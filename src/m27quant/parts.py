@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m27quant.calib.layerwise import LayerRanges
+from m27quant.calib.layer_ranges import LayerRanges
 from m27quant.calib.ranges_file import NAME, Calibrated, write_calibrated
 from m27quant.checkpoint.durable import sha256_of
 from m27quant.checkpoint.paths import existing

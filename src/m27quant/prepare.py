@@ -13,20 +13,19 @@ import torch
 
 import m27quant
 from m27quant.calib.data import Sequences, assumed_sequences, is_local, load_sequences, parse_dataset
-from m27quant.calib.input_ranges import InputRange, block_maxima_bytes
+from m27quant.calib.input_ranges import InputRange
 from m27quant.calib.memory import MemoryPlan, plan_memory
-from m27quant.calib.moments import moments_bytes
 from m27quant.calib.ranges_file import Calibrated, read_calibrated
 from m27quant.checkpoint import sidecars
 from m27quant.checkpoint.assumed import AssumedSource
-from m27quant.checkpoint.config import M2Config
 from m27quant.checkpoint.hub import locate
 from m27quant.checkpoint.layout import check_layout
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.workspace import differences
 from m27quant.errors import CheckpointError, UsageError, escape
+from m27quant.layer_statistics import PACKED_BY_STATISTICS, statistics_bytes
 from m27quant.plan import Plan, check_paths, make_plan
-from m27quant.recipes import Recipe, ResolvedRecipe, load_recipe
+from m27quant.recipes import Recipe, load_recipe
 from m27quant.runtime.device import pick_device
 from m27quant.runtime.host_memory import default_budget
 
@@ -180,7 +179,7 @@ def _refuse_lost_statistics(recipe: Recipe, options: Options) -> None:
             "--input-scale-headroom and --input-scale-percentile need calibration and packing in one run",
             hint="leave out --calibrate-only and --ranges",
         )
-    if recipe.quantize.algorithm.method == "awmse" and in_two_runs:
+    if recipe.quantize.algorithm.method in PACKED_BY_STATISTICS and in_two_runs:
         raise UsageError(
             f"recipe '{escape(recipe.name)}' packs by second moments, which calibration.json does not hold",
             hint="calibrate and pack in one run, on several ranks where it should be faster",
@@ -235,7 +234,7 @@ def _decide(
         longest=max(sequences.lengths),
         device=device,
         budget=budget,
-        beside=kept_beside(plan.resolved, source.config, device, options),
+        beside=statistics_bytes(plan.resolved.algorithm, options.input_range, source.config, device),
     )
     return Prepared(
         source=source,
@@ -250,12 +249,6 @@ def _decide(
         data_notices=about_data,
         calibrated=calibrated,
     )
-
-
-def kept_beside(resolved: ResolvedRecipe, config: M2Config, device: torch.device, options: Options) -> int:
-    """Bytes that statistics other than maxima take beside everything else."""
-    moments = moments_bytes(config, device) if resolved.algorithm == "awmse" else 0
-    return moments + (0 if options.input_range.is_maximum else block_maxima_bytes(config, device))
 
 
 def _sequences(source: Source, recipe: Recipe, options: Options, fetch: bool) -> tuple[Sequences, list[str]]:

@@ -22,11 +22,12 @@ from m27quant.calib.ranges_file import Calibrated
 from m27quant.checkpoint.journal import Journal
 from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.workspace import Workspace, check_same, differences
+from m27quant.copy_job import run_embed, run_head
 from m27quant.distributed.ranks import ALONE, Ranks
 from m27quant.errors import UsageError
 from m27quant.finish import build_result, output_names
 from m27quant.job import Job
-from m27quant.layer_job import pack_layer, run_embed, run_head, run_layer
+from m27quant.layer_job import pack_layer, run_layer
 from m27quant.parts import finish_calibration, finish_part
 from m27quant.plan import HEAD, Unit, check_paths
 from m27quant.prepare import Options, Prepared, prepare

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from m27quant.calib.layerwise import LayerRanges
+from m27quant.calib.layer_ranges import LayerRanges
 from m27quant.checkpoint import names
 from m27quant.checkpoint.config import M2Config
 from m27quant.checkpoint.writer import ShardSet

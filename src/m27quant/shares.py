@@ -5,13 +5,8 @@ from __future__ import annotations
 from m27quant.calib.activations import Chunk, plan_chunks
 from m27quant.calib.memory import MemoryPlan, plan_memory
 from m27quant.distributed.ranks import Ranks
-from m27quant.prepare import Options, Prepared, kept_beside
-
-
-def sums_on_disk(prepared: Prepared, options: Options, ranks: int) -> int:
-    """Bytes, at most, of the file through which several ranks add up a layer's statistics."""
-    one = kept_beside(prepared.plan.resolved, prepared.source.config, prepared.device, options)
-    return one * ranks if ranks > 1 else 0
+from m27quant.layer_statistics import statistics_bytes
+from m27quant.prepare import Options, Prepared
 
 
 def share_of(
@@ -36,6 +31,8 @@ def share_of(
             device=prepared.device,
             budget=prepared.budget if options.max_memory else prepared.budget // ranks.local_size,
             chunk_tokens=chunk_tokens,
-            beside=kept_beside(prepared.plan.resolved, prepared.source.config, prepared.device, options),
+            beside=statistics_bytes(
+                prepared.plan.resolved.algorithm, options.input_range, prepared.source.config, prepared.device
+            ),
         )
     return mine, memory

@@ -11,9 +11,9 @@ from m27quant.checkpoint.workspace import Workspace
 from m27quant.errors import CheckpointError, UsageError, escape
 from m27quant.finish import is_hidden
 from m27quant.job import Job
+from m27quant.layer_statistics import statistics_on_disk
 from m27quant.plan import EMBED, HEAD, Plan, Unit, check_disk, disk_needed
 from m27quant.prepare import Options, Prepared
-from m27quant.shares import sums_on_disk
 
 
 def units_to_do(plan: Plan, options: Options) -> list[Unit]:
@@ -76,7 +76,9 @@ def check_room(prepared: Prepared, options: Options, workspace: Workspace, job: 
         prepared.plan,
         prepared.hidden_bytes,
         rows_in_memory=job.memory.rows_in_memory,
-        sums=sums_on_disk(prepared, options, job.ranks.size),
+        sums=statistics_on_disk(
+            prepared.plan.resolved.algorithm, options.input_range, prepared.source.config, job.ranks.size
+        ),
     )
     check_disk(workspace.out, needed - written)
 

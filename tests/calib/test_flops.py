@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from m27quant.calib.activations import MemoryRows, plan_chunks
-from m27quant.calib.layerwise import Dropped, ExpertWeights, LayerRanges, run_attention, run_experts
+from m27quant.calib.layer_ranges import LayerRanges
+from m27quant.calib.layerwise import Dropped, ExpertWeights, run_attention, run_experts
 from m27quant.checkpoint.config import M2Config, parse_config
 from m27quant.runtime.layer import AttentionWeights, RouterWeights
 from tests.checkpoints import Shape

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from m27quant import quantize_checkpoint
-from m27quant.calib.layerwise import Dropped, amax
+from m27quant.calib.layer_ranges import amax
+from m27quant.calib.layerwise import Dropped
 from m27quant.errors import CalibrationError
 from tests.checkpoints import Shape, random_tensors, read_tensors, stored, write_checkpoint
 from tests.tolerance import AMAX_BF16_STEPS, bf16_steps

@@ -81,7 +81,7 @@ def test_the_resume_command_is_the_users_own(program: Program, case: Case, out: 
 
 def test_stopped_before_anything_is_done(program: Program, case: Case, out: Path) -> None:
     process = program.start(
-        *case.argv(out), setup=[SLOW, ("set_attribute", "m27quant.layer_job.PIECE_BYTES", 100)]
+        *case.argv(out), setup=[SLOW, ("set_attribute", "m27quant.copy_job.PIECE_BYTES", 100)]
     )
     until(lambda: (out / ".m27quant").exists())
     process.send(signal.SIGINT)

@@ -56,7 +56,9 @@ def collected() -> list[Moments]:
 @pytest.fixture(scope="module")
 def out(model: Model, collected: list[Moments], tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("m27quant.layer_job.Moments", lambda *a: collected.append(Moments(*a)) or collected[-1])
+        patch.setattr(
+            "m27quant.layer_statistics.Moments", lambda *a: collected.append(Moments(*a)) or collected[-1]
+        )
         return quantized(model, tmp_path_factory.mktemp("awmse") / "out", recipe=RECIPE)
 
 

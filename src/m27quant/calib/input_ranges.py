@@ -13,6 +13,7 @@ Shapes: E experts, T tokens of a chunk, C channels, B = T C / 16 blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,9 @@ class BlockMaxima:
         """A chunk through one expert; its activation on all tokens that count for ranges is looked at."""
         self._add(1 + expert, act)
 
+    def done(self, experts: Sequence[int]) -> None:
+        """Nothing: all experts' counts are kept."""
+
     def _add(self, row: int, x_TC: torch.Tensor) -> None:
         for x in torch.split(x_TC, PIECE_ROWS[x_TC.device.type]):
             largest_B = x.abs().reshape(-1, GROUP_SIZE).amax(1)
@@ -116,3 +120,8 @@ def block_maxima_bytes(config: M2Config, device: torch.device) -> int:
     counts = 8 * (1 + config.num_local_experts) * MAGNITUDES
     pieces = 6 * PIECE_ROWS[device.type] * max(config.hidden_size, config.intermediate_size)
     return 3 * counts + pieces
+
+
+def block_maxima_on_disk(config: M2Config) -> int:
+    """Bytes of one rank's counts."""
+    return 8 * (1 + config.num_local_experts) * MAGNITUDES

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 
 from m27quant.calib.activations import Chunk, Rows
+from m27quant.calib.layer_ranges import LayerRanges, amax, amax_tensor, is_finite
 from m27quant.calib.routing import Routings
 from m27quant.checkpoint.config import M2Config
 from m27quant.errors import CalibrationError
@@ -52,44 +53,6 @@ class Dropped:
         """Drop what other ranks have dropped; raises as `add` does."""
         for sequence in sorted(set(sequences) - self.sequences):
             self.add(sequence)
-
-
-@dataclass(slots=True)
-class LayerRanges:
-    """What one layer's calibration found: exact maxima of BF16 values, as floats."""
-
-    k_amax: float = 0.0
-    v_amax: float = 0.0
-    w13_input_amax: float = 0.0
-    """Over the MoE input of every token: w1's and w3's, the same for all experts."""
-    w2_input_amax: list[float] = field(default_factory=list)
-    routed_tokens: list[int] = field(default_factory=list)
-    """Per expert the tokens that natural routing sends to it."""
-    seen_tokens: list[int] = field(default_factory=list)
-    """Per expert the tokens that its ranges were measured on."""
-    non_finite_values: int = 0
-    """Rows of an expert's activation that were NaN or Inf and were left out."""
-
-    def add_kv(self, k: torch.Tensor, v: torch.Tensor) -> bool:
-        """Widen the ranges of keys and values; False, and nothing is done, where one is NaN or Inf."""
-        k_amax, v_amax = amax(k), amax(v)
-        finite = _finite(k_amax) and _finite(v_amax)
-        if finite:
-            self.k_amax, self.v_amax = max(self.k_amax, k_amax), max(self.v_amax, v_amax)
-        return finite
-
-
-def merged(parts: Sequence[LayerRanges]) -> LayerRanges:
-    """What ranks have found over chunks of their own, as one: maxima and counts, which no order can change."""
-    return LayerRanges(
-        k_amax=max(p.k_amax for p in parts),
-        v_amax=max(p.v_amax for p in parts),
-        w13_input_amax=max(p.w13_input_amax for p in parts),
-        w2_input_amax=[max(found) for found in zip(*(p.w2_input_amax for p in parts), strict=True)],
-        routed_tokens=[sum(found) for found in zip(*(p.routed_tokens for p in parts), strict=True)],
-        seen_tokens=[sum(found) for found in zip(*(p.seen_tokens for p in parts), strict=True)],
-        non_finite_values=sum(p.non_finite_values for p in parts),
-    )
 
 
 def run_attention(
@@ -148,10 +111,10 @@ def _observed_attention(chunk: Chunk, ranges: LayerRanges, dropped: Dropped) -> 
 
 def drop_non_finite(chunk: Chunk, x: torch.Tensor, dropped: Dropped) -> torch.Tensor:
     """Zero the rows of dropped sequences, dropping those that have become non-finite."""
-    if not _finite(amax(x)):
+    if not is_finite(amax(x)):
         at = 0
         for sequence, length in zip(chunk.sequences, chunk.lengths, strict=True):
-            if sequence not in dropped.sequences and not _finite(amax(x[at : at + length])):
+            if sequence not in dropped.sequences and not is_finite(amax(x[at : at + length])):
                 dropped.add(sequence)
             at += length
     at = 0
@@ -170,6 +133,9 @@ class Observer(Protocol):
 
     def add(self, expert: int, routed_h: torch.Tensor, act: torch.Tensor, routed_act: torch.Tensor) -> None:
         """A chunk through one expert: its input on routed tokens, its activation on all that count and on these."""
+
+    def done(self, experts: Sequence[int]) -> None:
+        """These experts have seen all chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +182,11 @@ def run_experts(
             out.write(chunk, y)
             # one transfer per chunk: asking for each maximum would make an accelerator wait
             for expert, value in zip(group, torch.stack(seen).tolist(), strict=True):
-                if not _finite(value):
+                if not is_finite(value):
                     value = _finite_amax(expert, h, assigned[expert.index], full, ranges)
                 ranges.w2_input_amax[expert.index] = max(ranges.w2_input_amax[expert.index], value)
+        for observer in observers:
+            observer.done([expert.index for expert in group])
         first = False
     if not full:
         ranges.w2_input_amax = [max(ranges.w2_input_amax)] * config.num_local_experts
@@ -282,18 +250,3 @@ def count_tokens(
             counts[expert] += int(alive[assigned[expert].rows.cpu()].sum()) if dropped.sequences else count
     ranges.routed_tokens = counts
     ranges.seen_tokens = [alive_tokens] * routed.num_experts if full else list(counts)
-
-
-def amax(x: torch.Tensor) -> float:
-    """max |x|, exactly; NaN where x holds one, 0 where it is empty."""
-    return float(amax_tensor(x)) if x.numel() else 0.0
-
-
-def amax_tensor(x: torch.Tensor) -> torch.Tensor:
-    """max |x| as a scalar tensor; `x` is not empty."""
-    low, high = torch.aminmax(x)
-    return torch.maximum(-low, high)
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0.0

@@ -63,12 +63,13 @@ def plan_memory(
     device: torch.device,
     budget: int,
     chunk_tokens: int | None = None,
-    beside: int = 0,
+    beside: tuple[int, int] = (0, 0),
 ) -> MemoryPlan:
     """Fit calibration of `num_tokens` tokens into `budget` bytes of resident memory.
 
     On an accelerator the same budget limits its memory too, together with what is free there.
-    `chunk_tokens` is set on resume, to the value of the first run; `beside` are bytes that a recipe needs for more.
+    `chunk_tokens` is set on resume, to the value of the first run; `beside` are bytes that a recipe needs for more:
+    in all, and for each expert of a group.
 
     Raises:
         EnvironmentFault: the smallest arrangement does not fit; says what is needed.
@@ -76,12 +77,13 @@ def plan_memory(
     on_gpu = device.type == "cuda"
     room = min(budget, int(torch.cuda.mem_get_info(device)[0] * 0.92)) if on_gpu else budget
     base = rss_bytes() + LATE_CODE[device.type] + PER_THREAD * torch.get_num_threads()
+    always, per_expert = beside
     chunk = chunk_tokens or min(CHUNK_TOKENS[device.type], max(num_tokens, 1))
     while True:
         tokens = max(chunk, longest)
-        fixed = beside + _routing_bytes(config, num_tokens, chunk) + (0 if on_gpu else base)
-        host = base + beside + _host_bytes(config, tokens) if on_gpu else 0
-        least = fixed + _layer_bytes(config, tokens, 1, device)
+        fixed = always + _routing_bytes(config, num_tokens, chunk) + (0 if on_gpu else base)
+        host = base + always + _host_bytes(config, tokens) if on_gpu else 0
+        least = fixed + per_expert + _layer_bytes(config, tokens, 1, device)
         if (least <= room and host <= budget) or chunk_tokens or chunk <= longest or chunk <= 256:
             break
         chunk //= 2
@@ -93,9 +95,10 @@ def plan_memory(
         )
     most = min(MAX_GROUP, config.num_local_experts)
     rows = 2 * num_tokens * config.hidden_size * 2
-    in_memory = fixed + rows + _layer_bytes(config, tokens, min(4, most), device) <= room
+    few = min(4, most)
+    in_memory = fixed + rows + few * per_expert + _layer_bytes(config, tokens, few, device) <= room
     fixed += rows if in_memory else 0
-    layer = [_layer_bytes(config, tokens, group, device) for group in range(1, most + 1)]
+    layer = [_layer_bytes(config, tokens, n, device) + n * per_expert for n in range(1, most + 1)]
     group = max([g for g, needed in enumerate(layer, start=1) if fixed + needed <= room], default=1)
     used = fixed + layer[group - 1]
     peak = host if on_gpu else used

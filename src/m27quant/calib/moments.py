@@ -81,6 +81,13 @@ class Moments:
         self._all2_2EI[:, expert] += _whole(squares(act))
         self._routed2_2EI[:, expert] += _whole(squares(routed_act))
 
+    def done(self, experts: Sequence[int]) -> None:
+        """Nothing: all experts' sums are kept."""
+
+    def mean_squares(self, num_tokens: int) -> torch.Tensor:
+        """Of each expert's activation over all `num_tokens` tokens, F64 [E, I]."""
+        return _value(self._all2_2EI) / num_tokens
+
     def weights(self, routed_tokens: Sequence[int], num_tokens: int) -> ChannelWeights:
         """The smoothed moments, of `routed_tokens` by expert among `num_tokens`."""
         n_E1 = torch.tensor(routed_tokens, dtype=torch.float64)[:, None]
@@ -127,3 +134,9 @@ def moments_bytes(config: M2Config, device: torch.device) -> int:
     sums = 2 * 8 * (D + E * D + 2 * E * I)
     pieces = 2 * 8 * PIECE_ROWS[device.type] * max(D, I)
     return 2 * sums + 4 * 8 * E * max(D, I) + 4 * E * (D + I) + pieces
+
+
+def moments_on_disk(config: M2Config) -> int:
+    """Bytes of one rank's sums."""
+    E, D, I = config.num_local_experts, config.hidden_size, config.intermediate_size  # noqa: E741
+    return 16 * (D + E * D + 2 * E * I)

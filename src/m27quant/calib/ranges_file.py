@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from m27quant.calib.layerwise import LayerRanges
+from m27quant.calib.layer_ranges import LayerRanges
 from m27quant.checkpoint.durable import sha256_of, write_durably
 from m27quant.checkpoint.strict_json import read_object
 from m27quant.errors import CheckpointError, UsageError, escape

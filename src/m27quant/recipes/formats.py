@@ -12,7 +12,7 @@ NVFP4_BLOCKS: dict[int | str, Any] = {-1: 16, "type": "dynamic", "scale_bits": E
 NVFP4_STATIC_BLOCKS: dict[int | str, Any] = {**NVFP4_BLOCKS, "type": "static"}
 SUPPORTED = (
     "NVFP4 (num_bits [2, 1], dynamic blocks of 16, scale_bits [4, 3]) for weights and inputs "
-    "of expert w1, w2 and w3 (static blocks for weights where the algorithm is mse or awmse), and FP8 (num_bits "
+    "of expert w1, w2 and w3 (static blocks for weights where the algorithm is mse, awmse or gptq), and FP8 (num_bits "
     "[4, 3]) for the KV cache"
 )
 

@@ -20,6 +20,7 @@ BUILTIN: Final = (
     "nvfp4_experts_only",
     "nvfp4_experts_only_mse-fp8_kv",
     "nvfp4_experts_only_awmse-fp8_kv",
+    "nvfp4_experts_only_gptq-fp8_kv",
 )
 ALIASES: Final = {
     "nvfp4_experts_only-kv_fp8": "nvfp4_experts_only-fp8_kv",

@@ -60,9 +60,9 @@ class Recipe:
             RecipeError: a pattern matches nothing, or asks for what m27quant does not write.
         """
         method = self.quantize.algorithm.method
-        if method == "awmse" and self.moe_calib == "natural":
+        if method in OWN_METHODS and self.moe_calib == "natural":
             raise RecipeError(
-                "algorithm `awmse` needs every expert to see every token, calibration is on routed tokens only",
+                f"algorithm `{method}` needs every expert to see every token, calibration is on routed tokens only",
                 hint="calibrate with `moe_calib: full` (--moe-calib full), or choose another recipe",
             )
         rules = [Rule(e, p) for e, p in zip(self.quantize.quant_cfg, self.places, strict=True)]

@@ -27,9 +27,9 @@ MAX_RULES = 256
 MAX_PATTERN = 256
 
 MoeCalib = Literal["full", "natural"]
-Method = Literal["max", "mse", "awmse"]
-METHODS: tuple[Method, ...] = ("max", "mse", "awmse")
-OWN_METHODS: tuple[Method, ...] = ("awmse",)
+Method = Literal["max", "mse", "awmse", "gptq"]
+METHODS: tuple[Method, ...] = ("max", "mse", "awmse", "gptq")
+OWN_METHODS: tuple[Method, ...] = ("awmse", "gptq")
 """m27quant's, which modelopt does not have."""
 
 
@@ -178,7 +178,7 @@ class Algorithm(Strict):
 
     `max`: exact maxima.  `mse` with `fp8_scale_sweep`: activations by maxima, each block scale of a weight by the
     least squared error.  `awmse`, which modelopt does not have: the same with each error weighted by the second moment
-    of its input channel.
+    of its input channel.  `gptq`, which modelopt's NVFP4 does not have: error feedback by the Hessian of the inputs.
     """
 
     method: Method
@@ -198,7 +198,7 @@ class Algorithm(Strict):
             raise PydanticCustomError(
                 "recipe_algorithm",
                 "a chain of algorithms is not supported",
-                {"hint": "m27quant runs `max`, `mse` or `awmse`"},
+                {"hint": "m27quant runs `max`, `mse`, `awmse` or `gptq`"},
             )
         if not isinstance(data, dict):
             data = {"method": data}
@@ -209,7 +209,7 @@ class Algorithm(Strict):
                 "algorithm `{method}` is not supported",
                 {
                     "method": "null" if method is None else method,
-                    "hint": "m27quant calibrates with `max`, `mse` or `awmse`",
+                    "hint": "m27quant calibrates with `max`, `mse`, `awmse` or `gptq`",
                 },
             )
         return data

@@ -546,6 +546,19 @@ _check(
     "the checkpoint does not hold: codes and global scales were checked, the choice of block scales was not.",
     "Nothing; who doubts quantizes again with the same calibration data and compares the bytes.", _AS_IS,
 )  # fmt: skip
+_check(
+    "M27-W027", NOTE, "rounding could not be repeated",
+    "quantization_report.json says that weights were rounded with error feedback by the calibration's Hessians, which "
+    "the checkpoint does not hold: global scales and the distance of each matrix from the source were checked, the "
+    "rounding was not.",
+    "Nothing; who doubts quantizes again with the same calibration data and compares the bytes.", _AS_IS,
+)  # fmt: skip
+_check(
+    "M27-W028", ERROR, "matrix is not as measured",
+    "Weights that were rounded with error feedback have another SQNR against the source than quantization_report.json "
+    "says: weights, report or source were changed afterwards.",
+    _FETCH, _AS_IS,
+)  # fmt: skip
 
 # -- configs ---------------------------------------------------------------------------------------
 

@@ -85,8 +85,24 @@ def read_configs(view: View, found: Findings) -> None:
     kv_cache = recipe.get("kv_cache") if isinstance(recipe, dict) else None
     view.recipe_kv = kv_cache if isinstance(kv_cache, str) else None
     algorithm = recipe.get("algorithm") if isinstance(recipe, dict) else None
-    if algorithm == "mse" or algorithm == "awmse":
+    if algorithm == "mse" or algorithm == "awmse" or algorithm == "gptq":
         view.block_scales = algorithm
+    if report is not None and algorithm == "gptq":
+        view.recorded_sqnr_db = _recorded_sqnr_db(report)
+
+
+def _recorded_sqnr_db(report: dict[str, Any]) -> dict[int, dict[str, dict[int, float]]]:
+    """Each matrix' figure by layer, projection and expert, as far as the file has numbers where they belong."""
+    layers = report.get("layers")
+    found: dict[int, dict[str, dict[int, float]]] = {}
+    for number, layer in enumerate(layers if isinstance(layers, list) else ()):
+        figures = layer.get("sqnr_db") if isinstance(layer, dict) else None
+        for projection, values in figures.items() if isinstance(figures, dict) else ():
+            numbers = enumerate(values if isinstance(values, list) else ())
+            found.setdefault(number, {})[projection] = {
+                expert: value for expert, value in numbers if isinstance(value, float)
+            }
+    return found
 
 
 def check_configs(view: View, found: Findings) -> None:

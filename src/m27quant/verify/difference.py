@@ -33,9 +33,13 @@ Kind = Literal[
     "another amax",
     "better scales",
     "scales as stored",
+    "as measured",
+    "not as measured",
 ]
 FAR_DB = 10.0
 """Below it the values are not the source's: NVFP4 has about 20 dB."""
+AS_MEASURED_DB = 0.002
+"""The report rounds to 0.001 dB."""
 BETTER_DB = 6.0
 """What undoing a mistake must gain."""
 SAME_COSINE = 0.9
@@ -73,12 +77,21 @@ class Outcome:
     figures: dict[str, float | int] = field(default_factory=dict)
 
 
-def diagnose(source: Source, m: Matrix, amax: torch.Tensor, scales: Method = "max") -> Outcome:
+def diagnose(
+    source: Source,
+    m: Matrix,
+    amax: torch.Tensor,
+    scales: Method = "max",
+    recorded_db: float | None = None,
+) -> Outcome:
     """Quantize a matrix that is not exact again.
 
     `amax` is the largest magnitude of the matrices that share a global scale, `scales` how block scales are chosen.
-    Where weights from a calibration chose them (awmse), which no checkpoint holds, they are taken as they are.
+    Where weights from a calibration chose them (awmse), which no checkpoint holds, they are taken as they are.  Codes
+    that a calibration's Hessians chose (gptq) are not repeated: their SQNR must be `recorded_db`, the report's.
     """
+    if scales == "gptq":
+        return _fed_back(source, m, amax, recorded_db)
     with Naming(m.module):
         if scales == "awmse":
             again = _under_its_scales(m, amax)
@@ -106,6 +119,27 @@ def diagnose(source: Source, m: Matrix, amax: torch.Tensor, scales: Method = "ma
     elif kind == "another amax":
         detail = f"{of_globals}; {detail}"
     return Outcome(m.module, m.layer, kind, sqnr_db, detail)
+
+
+def _fed_back(source: Source, m: Matrix, amax: torch.Tensor, recorded_db: float | None) -> Outcome:
+    """What can be said whatever the Hessians were: the global scale, and how far the values are from the source's."""
+    with Naming(m.module):
+        again = nvfp4_pack.pack(m.weight, m.scale_inv, amax=amax, block=m.block)
+    sqnr_db = _sqnr_db(m, m.packed)
+    here, there = float(m.packed.weight_scale_2), float(again.weight_scale_2)
+    is_far = sqnr_db is not None and sqnr_db < FAR_DB
+    if is_far or here != there:
+        kind, detail = _mistake(source, m, again, sqnr_db)
+        if kind == "another amax":
+            detail = f"weight_scale_2 is {here:.7g}, the source gives {there:.7g}; {detail}"
+        return Outcome(m.module, m.layer, kind, sqnr_db, detail)
+    off = None if sqnr_db is None or recorded_db is None else abs(sqnr_db - recorded_db)
+    if (off is not None and off <= AS_MEASURED_DB) or sqnr_db is None:
+        return Outcome(m.module, m.layer, "as measured", sqnr_db)
+    said = "nothing" if recorded_db is None else f"{recorded_db:.3f} dB"
+    return Outcome(
+        m.module, m.layer, "not as measured", sqnr_db, f"SQNR {sqnr_db:.3f} dB, the report says {said}"
+    )
 
 
 def _is_consistent(m: Matrix) -> bool:

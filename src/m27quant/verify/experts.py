@@ -120,7 +120,7 @@ class ExpertComparison:
             m = self._matrix(at, p, tensors)
             with Naming(m.module):
                 found = None
-                if scales != "awmse":
+                if scales == "max" or scales == "mse":  # else no checkpoint says how to repeat it
                     found = nvfp4_pack.compare(m.weight, m.scale_inv, m.packed, block=m.block, scales=scales)
                 exact[p] = found
                 amax[p] = found.amax if found else nvfp4_pack.amax(m.weight, m.scale_inv, block=m.block)
@@ -133,7 +133,8 @@ class ExpertComparison:
             if (found := exact[p]) is not None and scale_2 == global_scale(largest):
                 yield proven(module, at[0], found)
             else:
-                yield diagnose(self._source, self._matrix(at, p, tensors), largest, scales)
+                said = self._view.recorded_sqnr_db.get(at[0], {}).get(p, {}).get(at[1])
+                yield diagnose(self._source, self._matrix(at, p, tensors), largest, scales, said)
 
     def _matrix(self, at: Place, projection: str, tensors: dict[str, bytearray]) -> Matrix:
         """One of them; its source lies in memory that the thread's next matrix overwrites."""

@@ -44,6 +44,8 @@ class View:
     """The KV cache that quantization_report.json says was calibrated, where there is one: "fp8", "fp8_cast"."""
     block_scales: Method = "max"
     """How quantization_report.json says that block scales were chosen; without one as if from maxima."""
+    recorded_sqnr_db: dict[int, dict[str, dict[int, float]]] = field(default_factory=dict)
+    """By layer, projection and expert, what quantization_report.json says, where rounding cannot be repeated."""
     expected: dict[str, TensorSpec] = field(default_factory=dict)
     """What config.json implies, by name."""
     excused: set[str] = field(default_factory=set)
