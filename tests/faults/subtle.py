@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.faults import corruptions as c
 from tests.faults.corruptions import Change
-from tests.faults.outputs import (
+from tests.faults.edits import (
     BIAS,
     GATE,
     K_SCALE,
@@ -18,7 +18,6 @@ from tests.faults.outputs import (
     NORM,
     V_SCALE,
     W2,
-    Fault,
     config,
     dropped,
     edit_tensors,
@@ -28,6 +27,7 @@ from tests.faults.outputs import (
     section,
     times,
 )
+from tests.faults.outputs import Fault
 
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 Q_NORM = f"{LAYER}.self_attn.q_norm.weight"

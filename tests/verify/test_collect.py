@@ -10,6 +10,7 @@ from m27quant import verify_checkpoint
 from m27quant.verify.collect import MAX_EXAMPLES, Findings, place
 from m27quant.verify.engines import Engine
 from tests.faults import outputs as o
+from tests.faults.edits import both
 
 
 def expert(layer: int, index: int, part: str = "w2.input_scale") -> str:
@@ -101,7 +102,7 @@ def test_one_engine_only(folder: Path, engine: Engine, fault: str, is_found: boo
 
 
 def test_select_and_ignore(folder: Path) -> None:
-    o.both(o.FAULTS["k_scale missing"].change, o.FAULTS["gate in BF16"].change)(folder)
+    both(o.FAULTS["k_scale missing"].change, o.FAULTS["gate in BF16"].change)(folder)
 
     def codes(**options: tuple[str, ...]) -> list[str]:
         return [f.check.code for f in verify_checkpoint(folder, level="quick", **options).findings]  # type: ignore[arg-type]

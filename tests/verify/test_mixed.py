@@ -10,7 +10,7 @@ import pytest
 
 from m27quant import verify_checkpoint
 from tests.faults import corruptions as c
-from tests.faults.outputs import edit_tensors
+from tests.faults.edits import edit_tensors
 
 ATTENTION = re.compile(r".*\.self_attn\.[qkvo]_proj\.weight")
 

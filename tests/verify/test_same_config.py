@@ -8,7 +8,7 @@ import pytest
 
 from m27quant import verify_checkpoint
 from m27quant.verify.findings import Severity
-from tests.faults.outputs import config
+from tests.faults.edits import config
 
 
 @pytest.mark.parametrize(
