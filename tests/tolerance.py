@@ -126,3 +126,7 @@ TRAINING_ATOL: Final = 2.0**-8
 COVERAGE_OF_95: Final = (0.91, 0.985)
 """Share of 95 % intervals that hold the true value, of 400 simulated texts: chance alone moves it by 0.011 (one
 standard error), and a bootstrap of few or skewed windows is a little short."""
+
+EVALUATION_RTOL: Final = 1e-3
+"""KL divergences and perplexities from our F32 logits and from transformers': logits differ by LOGIT_ATOL, of which a
+KL divergence of some 1e-2 nats, which is their second order, keeps up to 1e-4 of its size."""
