@@ -1,33 +1,22 @@
-"""One self-contained page about a checkpoint: verdict, sizes, scales, experts, findings.
-
-It loads nothing, which its own content security policy enforces: one script, known by its hash, no address at all.
-Every string passes through `line` and Jinja's escaping, and the page is ASCII, so that no reader's encoding matters.
-"""
+"""The page about a checkpoint: verdict, sizes, scales, experts, findings."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
-import m27quant
 from m27quant.report import page_drawings as drawings
 from m27quant.report import page_words as words
 from m27quant.report.facts import logits_rows, measured_rows, serving_table
 from m27quant.report.measured import Measured, contradictions
-from m27quant.report.plots import number
+from m27quant.report.page import GENERATOR, fill
 from m27quant.report.recorded import Recorded
-from m27quant.report.text import line, plural, size, summary
+from m27quant.report.text import plural, summary
 from m27quant.verify.findings import VerifyResult
 
-TEMPLATES = Path(__file__).parent / "templates"
-GENERATOR = "m27quant report"
-"""Names the page's author in its head; a file that has it may be replaced."""
 MAX_NOTICES = 100
 
 
@@ -48,28 +37,17 @@ class Page:
 def render(page: Page) -> str:
     """The page as ASCII HTML."""
     recorded, unrecorded = _fitting(page)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_safe,
-    )
-    environment.filters |= {"size": size, "number": number, "plural": plural}
-    script = (TEMPLATES / "report.js").read_text(encoding="ascii")
     maps = drawings.maps(page.measured, recorded)
     told = page.result.facts
     logits = told.get("logits") or {}
-    text = environment.get_template(
-        "report.html.jinja"
-    ).render(
-        generator=GENERATOR,
-        version=m27quant.__version__,
+    return fill(
+        "report.html.jinja",
+        brand=GENERATOR,
         result=page.result,
         name=Path(page.result.checkpoint).name or page.result.checkpoint,
         verdict=words.verdict(page.result),
-        counts=summary(page.result) + (f", {page.accepted:,} accepted" if page.accepted else ""),
+        counts=_counts(page),
+        about=page.result.checkpoint,
         facts=words.facts(page.result, recorded),
         made=words.made(recorded),
         recorded=recorded,
@@ -88,15 +66,13 @@ def render(page: Page) -> str:
         notices=[*recorded.notices[:MAX_NOTICES]] if recorded else [],
         groups=words.groups(page.result.findings),
         licence=page.licence.get("license_name") or page.licence.get("license"),
-        style=Markup((TEMPLATES / "report.css").read_text(encoding="ascii")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    return text.encode("ascii", "xmlcharrefreplace").decode()
 
 
-def _safe(value: object) -> object:
-    return line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+def _counts(page: Page) -> str:
+    accepted = f", {page.accepted:,} accepted" if page.accepted else ""
+    checks = plural(len(page.result.checks_run), "check")
+    return f"{summary(page.result)}{accepted} in {checks}, level {page.result.level}"
 
 
 def _fitting(page: Page) -> tuple[Recorded | None, str | None]:

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines with bands over layers.
+"""Charts as inline SVG: lines with bands over layers, or whatever is counted.
 
 Everything is drawn in classes that the page's style sheet colours, so that one drawing serves light and dark.
 """
@@ -17,6 +17,8 @@ Table = npt.NDArray[np.float64]
 
 WIDTH, HEIGHT = 520, 236
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 10, 36
+COLOURS = 6
+"""Of the style sheet, s0 to s5; further lines begin again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +103,13 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [t for t in ticks if bottom <= t <= max(top, bottom)]
 
 
-def lines(series: Sequence[Series], *, label: str, log: bool = False) -> Markup | None:
-    """A chart over layers, with a hover column for each; None where there is no number to draw."""
+def lines(
+    series: Sequence[Series], *, label: str, log: bool = False, unit: str = "layer", first: int = 0
+) -> Markup | None:
+    """A chart over layers, with a hover column for each; None where there is no number to draw.
+
+    `unit` is what is counted instead, `first` its first number.
+    """
     rows = [s for s in series if (s.mid > 0 if log else ~np.isnan(s.mid)).any()]
     if not rows:
         return None
@@ -111,11 +118,11 @@ def lines(series: Sequence[Series], *, label: str, log: bool = False) -> Markup 
     layers = len(rows[0].mid)
     step = (WIDTH - LEFT - RIGHT) / layers
     x = [LEFT + (layer + 0.5) * step for layer in range(layers)]
-    parts = [_grid(axis), _layer_labels(x, step)]
-    classes = {id(s): f"s{index % 3}" for index, s in enumerate(series)}
+    parts = [_grid(axis), _labels(x, step, unit, first)]
+    classes = {id(s): f"s{index % COLOURS}" for index, s in enumerate(series)}
     parts += [_band(x, s, axis, classes[id(s)]) for s in rows]
     parts += [_line(x, s.mid, axis, classes[id(s)]) for s in rows]
-    parts += [_column(layer, x[layer] - step / 2, step, rows) for layer in range(layers)]
+    parts += [_column(f"{unit} {n + first}", n, x[n] - step / 2, step, rows) for n in range(layers)]
     return tag(
         "svg", Markup("").join(parts), viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label, class_="chart"
     )  # fmt: skip
@@ -130,16 +137,16 @@ def _grid(axis: _Axis) -> Markup:
     return Markup("").join(rows)
 
 
-def _layer_labels(x: Sequence[float], step: float) -> Markup:
+def _labels(x: Sequence[float], step: float, unit: str, first: int) -> Markup:
     stride = next(n for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if n * step >= 26 or n == 1000)
     y = HEIGHT - BOTTOM + 16
     marks = [
-        tag("text", str(n), class_="tick", x=x[n], y=y, text_anchor="middle")
-        for n in range(0, len(x), stride)
+        tag("text", str(n + first), class_="tick", x=x[n], y=y, text_anchor="middle")
+        for n in range(-first % stride, len(x), stride)
     ]
     middle = (LEFT + WIDTH - RIGHT) / 2
     return Markup("").join(
-        [*marks, tag("text", "layer", class_="tick axis", x=middle, y=y + 16, text_anchor="middle")]
+        [*marks, tag("text", unit, class_="tick axis", x=middle, y=y + 16, text_anchor="middle")]
     )
 
 
@@ -164,13 +171,13 @@ def _line(x: Sequence[float], mid: Table, axis: _Axis, style: str) -> Markup:
     return Markup("").join(shapes)
 
 
-def _column(layer: int, x: float, width: float, series: Sequence[Series]) -> Markup:
-    said = [f"layer {layer}"]
+def _column(place: str, n: int, x: float, width: float, series: Sequence[Series]) -> Markup:
+    said = [place]
     for s in series:
         around = ""
-        if s.low is not None and s.high is not None and not math.isnan(s.mid[layer]):
-            around = f"  ({number(s.low[layer])} to {number(s.high[layer])})"
-        said.append(f"{s.name}: {number(s.mid[layer])}{around}")
+        if s.low is not None and s.high is not None and not math.isnan(s.mid[n]):
+            around = f"  ({number(s.low[n])} to {number(s.high[n])})"
+        said.append(f"{s.name}: {number(s.mid[n])}{around}")
     height = HEIGHT - TOP - BOTTOM
     return tag("rect", class_="hit", x=x, y=TOP, width=width, height=height, data_tip="\n".join(said))
 
