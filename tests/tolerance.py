@@ -116,6 +116,12 @@ def bf16_steps(a: float, b: float) -> int:
     return abs(int(bits[0]) - int(bits[1]))
 
 
+def gram_rtol(rows: int) -> float:
+    """Of a sum of x y over `rows` tokens in |x| |y|: each value is off by at most 2**-18 of its channel's largest one
+    (calib/gram.py), so each column by sqrt(rows) times that of its length at most, and both factors are."""
+    return float(2 * rows**0.5 * 2.0**-18)
+
+
 TRAINING_RTOL: Final = 2e-4
 """Losses and gradient norms of an F32 training whose batches are split otherwise, over a handful of steps: sums in
 another order, through an optimizer that divides by small second moments.  Measured: up to 1e-5."""
