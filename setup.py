@@ -9,6 +9,7 @@ from setuptools import Extension, setup
 NATIVE = "src/m27quant/kernels/_native"
 SOURCES = (
     "attention",
+    "cholesky",
     "core",
     "fp8_dequant",
     "kv_write",
@@ -19,6 +20,7 @@ SOURCES = (
     "nvfp4_dot_portable",
     "nvfp4_errors",
     "nvfp4_gemm",
+    "nvfp4_gptq",
     "nvfp4_moe",
     "nvfp4_pack",
     "nvfp4_rows",

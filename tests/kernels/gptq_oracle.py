@@ -42,14 +42,24 @@ def output_error(x_NK: Tensor, packed: PackedNVFP4, hessian: Tensor) -> float:
     return float(((error @ hessian.double()) * error).sum())
 
 
-def updated_weights(x_NK: Tensor, packed: PackedNVFP4, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """What GPTQ makes of the weights if it rounds each column to what `packed` says: F64 [N, K] twice.
+def turns(hessian: Tensor) -> Tensor:
+    """The column of each turn: groups by falling sums of the diagonal, columns of a group by falling values."""
+    diagonal = hessian.diagonal().tolist()
+    groups = [range(first, first + 16) for first in range(0, len(diagonal), 16)]
+    by_sum = sorted(groups, key=lambda group: -sum(diagonal[k] for k in group))
+    return torch.tensor([k for group in by_sum for k in sorted(group, key=lambda k: -diagonal[k])])
 
-    The first has every column as it was when its turn came, the second as it was at the first of its group.
+
+def updated_weights(x_NK: Tensor, packed: PackedNVFP4, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What GPTQ makes of the weights if it rounds each column to what `packed` says: F64 [N, K] twice, [K].
+
+    The first has every column as it was when its turn came, the second as it was at the first turn of its group; the
+    third is how much a column's error counts, 1 / U_jj^2.
     """
-    U = torch.linalg.cholesky(torch.linalg.inv(hessian.double()), upper=True)
-    now = x_NK.double().clone()
-    y = unpacked(packed).double()
+    order = turns(hessian)
+    back = order.argsort()
+    now, y = x_NK.double()[:, order], unpacked(packed).double()[:, order]
+    U = torch.linalg.cholesky(torch.linalg.inv(hessian.double()[order][:, order]), upper=True)
     at_turn, at_group = now.clone(), now.clone()
     for j in range(now.shape[1]):
         if j % 16 == 0:
@@ -57,9 +67,4 @@ def updated_weights(x_NK: Tensor, packed: PackedNVFP4, hessian: Tensor) -> tuple
         at_turn[:, j] = now[:, j]
         error = (now[:, j] - y[:, j]) / U[j, j]
         now[:, j:] -= error[:, None] * U[j, j:]
-    return at_turn, at_group
-
-
-def channel_weights(hessian: Tensor) -> Tensor:
-    """1 / U_jj^2, F64 [K]."""
-    return torch.linalg.cholesky(torch.linalg.inv(hessian.double()), upper=True).diagonal() ** -2
+    return at_turn[:, back], at_group[:, back], (U.diagonal() ** -2)[back]

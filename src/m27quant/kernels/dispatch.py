@@ -20,7 +20,7 @@ ENVIRONMENT_VARIABLE = "M27QUANT_KERNELS"
 
 _COMPILED = frozenset(
     {
-        *("nvfp4_pack", "nvfp4_stats", "fp8_dequant", "nvfp4_quantize"),
+        *("nvfp4_pack", "nvfp4_gptq", "nvfp4_stats", "fp8_dequant", "nvfp4_quantize"),
         *("fp8_kv_attention", "rms_norm", "rotary", "router"),
     }
 )

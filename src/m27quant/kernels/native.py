@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 
 _T = TypeVar("_T")
 
-ABI = 3
+ABI = 4
 """`M27_ABI` of `_native/core.h`: a core built from other sources than these is not used."""
 
 FOLDER = Path(__file__).parent / "_native"
@@ -42,6 +42,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "m27_pack_bf16": (c_int, [c_void_p, c_int64, c_float, c_void_p, c_void_p, *_ROWS]),
     "m27_search_fp8": (c_int, [*_FP8, c_float, c_void_p, c_void_p, c_void_p, *_ROWS]),
     "m27_search_bf16": (c_int, [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, *_ROWS]),
+    "m27_cholesky": (c_int, [c_void_p, c_int64, c_double]),
+    "m27_gptq_pack": (c_int, [c_void_p, c_int64, c_float, *[c_void_p] * 5, *_ROWS]),
+    "m27_gptq_energy": (c_int, [c_void_p, c_int64, *[c_void_p] * 4, *_ROWS]),
     "m27_count_fp8": (None, [*_FP8, c_float, c_void_p, *_ROWS]),
     "m27_count_bf16": (None, [c_void_p, c_int64, c_float, c_void_p, *_ROWS]),
     "m27_row_errors": (None, [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_void_p, *_ROWS]),

@@ -7,12 +7,14 @@ Shapes: N out features, K in features.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from m27quant.errors import CalibrationError
 from m27quant.kernels import fp8_dequant, nvfp4_pack
+from m27quant.kernels.dispatch import choose
 from m27quant.kernels.fp8_dequant import BLOCK
 from m27quant.kernels.nvfp4_gptq import reference
 from m27quant.kernels.nvfp4_gptq.factor import DAMPING, Factor, factorize
@@ -49,7 +51,7 @@ def pack(
     weight_scale_2 = nvfp4_pack.reference.global_scale(amax.to(weight.device))
     codes, scale = nvfp4_pack.buffers(weight, out)
     x_NK = weight if scale_inv is None else fp8_dequant.dequantize(weight, scale_inv, block=block)
-    if not reference.pack(x_NK, weight_scale_2, factor, codes, scale):
+    if not _backend(weight.device).pack(x_NK, weight_scale_2, factor, codes, scale):
         if not bool(x_NK.isfinite().all()):
             raise checks.nonfinite_error(weight, scale_inv, block)
         raise CalibrationError(
@@ -64,7 +66,15 @@ def energy(x: Tensor, factor: Factor) -> float:
     if x.dtype not in (torch.float32, torch.bfloat16) or x.dim() != 2:
         raise ValueError(f"x must be a float32 or bfloat16 matrix, is {x.dtype} {list(x.shape)}")
     _check_factor(factor, x)
-    return math.fsum(reference.energies(x.float(), factor).tolist())
+    return math.fsum(_backend(x.device).energies(x.float(), factor).tolist())
+
+
+def _backend(device: torch.device) -> ModuleType:
+    if choose("nvfp4_gptq", device).backend == "cpu-native":
+        from m27quant.kernels.nvfp4_gptq import cpu
+
+        return cpu
+    return reference
 
 
 def _check_factor(factor: Factor, weight: Tensor) -> None:

@@ -1,15 +1,16 @@
 """NVFP4 with error feedback in plain torch: the specification.
 
-Columns are taken from left to right, the format's groups of 16 with them.  With E_i = F32(w_i - y_i) the error that
-column i was left with and R of `Factor`, in F32, each operation rounded once:
+Columns have their turn in the order of `Factor`, 16 of one group after another.  Of turn j let w_j be the weights and
+E_j = F32(w_j - y_j) the error they were stored with.  In F32, each operation rounded once:
 
     f_j = sum over i < j of E_i R_ij      by F32(f_j + F32(E_i R_ij)), i ascending
     x_j = F32(w_j + f_j)                  what column j should be now
     s   = the block scale of least sum of p_j (x_j - y_j)^2 over the group, where x_j follows as if y_i = x_i were
-          stored in the columns i < j of the group: what GPTQ has made of the group when it comes to it
+          stored for the turns i < j of the group: what GPTQ has made of the group when it comes to it
     y_j = E2M1(F32(x_j / d)) d            d = F32(s weight_scale_2), codes as `nvfp4_pack` has them
 
-p_j enters relative to the largest of its group.  Rows do not depend on each other.
+s is chosen as `nvfp4_pack.scale_search` says, columns by turns, p_j as a share of the largest of its group.  Rows do
+not depend on each other.
 
 Shapes: N out features, R rows of a strip, K in features, G = K/16 groups.
 """
@@ -37,70 +38,73 @@ def pack(
     out_scale_NG: Tensor,
 ) -> bool:
     """Encode BF16 weights into the two buffers; False, with undefined buffers, where a number is NaN or Inf."""
+    weight_G16 = channel_weights(factor)
+    order_G16 = factor.order.long().view(-1, GROUP)
     for rows in _strips(weight_NK):
-        w_RK = weight_NK[rows].float()
-        fed_RK = torch.zeros_like(w_RK)
-        for g, weight_16 in enumerate(channel_weights(factor)):
-            group = slice(g * GROUP, (g + 1) * GROUP)
-            coupling_16C = factor.coupling[g, group]
-            x_R16 = _follow(w_RK[:, group], fed_RK[:, group], coupling_16C, None)[0]
+        w_RG16 = weight_NK[rows].float()[:, order_G16]
+        fed_RG16 = torch.zeros_like(w_RG16)
+        for turn, order_16 in enumerate(order_G16):
+            w_R16, fed_R16 = w_RG16[:, turn], fed_RG16[:, turn]
+            coupling_1616 = factor.coupling[turn, turn * GROUP : (turn + 1) * GROUP]
+            x_R16, _ = _follow(w_R16, fed_R16, coupling_1616, None)
             if not x_R16.isfinite().all():
                 return False
-            scale8_R = scale_search.least_error_scales(x_R16[:, None], weight_scale_2, weight_16[None])[:, 0]
-            step_R = scale8_R.float() * weight_scale_2
-            x_R16, y_R16 = _follow(w_RK[:, group], fed_RK[:, group], coupling_16C, step_R)
-            out_codes_NK2[rows, g * 8 : g * 8 + 8] = reference.encode(
-                x_R16[:, None], scale8_R[:, None], weight_scale_2
+            scale8_R = scale_search.least_error_scales(
+                x_R16[:, None], weight_scale_2, weight_G16[None, turn]
+            )[:, 0]
+            x_R16, y_R16 = _follow(w_R16, fed_R16, coupling_1616, scale8_R.float() * weight_scale_2)
+            if not x_R16.isfinite().all():
+                return False
+            group = int(order_16[0]) // GROUP
+            in_place_R16 = x_R16[:, order_16.argsort()]
+            out_codes_NK2[rows, group * 8 : group * 8 + 8] = reference.encode(
+                in_place_R16[:, None], scale8_R[:, None], weight_scale_2
             )
-            out_scale_NG[rows, g] = scale8_R
-            error_R16 = w_RK[:, group] - y_R16
-            for column, error_R in zip(range(group.start, group.stop), error_R16.unbind(1), strict=True):
-                _feed(fed_RK, error_R, column, factor)
-        if not fed_RK.isfinite().all():
-            return False
+            out_scale_NG[rows, group] = scale8_R
+            feed(fed_RG16, w_R16 - y_R16, turn, factor)
     return True
 
 
-def _follow(
-    w_R16: Tensor, fed_R16: Tensor, coupling_16C: Tensor, step_R: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """x and y of a group's columns, each with the feedback of those before it; without a step y is x."""
-    fed_R16 = fed_R16.clone()
-    x_R16, y_R16 = torch.empty_like(w_R16), torch.empty_like(w_R16)
-    for j in range(GROUP):
-        x_R16[:, j] = x_R = w_R16[:, j] + fed_R16[:, j]
-        y_R16[:, j] = y_R = x_R if step_R is None else _stored(x_R, step_R)
-        fed_R16 += (w_R16[:, j] - y_R)[:, None] * coupling_16C[j]
-    return x_R16, y_R16
-
-
-def _stored(x: Tensor, step: Tensor) -> Tensor:
-    return (scale_search.rounded(x.abs() / step) * step).copysign(x)
-
-
 def energies(x_NK: Tensor, factor: Factor) -> Tensor:
-    """x (H + damping) x^T of every row x of F32 [N, K], F64 [N]."""
+    """x (H + damping) x^T of every row x of F32 [N, K], F64 [N]: p_j t_j t_j of the turns from first to last."""
     energy_N = torch.empty(len(x_NK), dtype=torch.float64, device=x_NK.device)
     for rows in _strips(x_NK):
-        fed_RK = torch.zeros_like(x_NK[rows])
-        for j, x_R in enumerate(x_NK[rows].unbind(1)):
-            _feed(fed_RK, x_R, j, factor)
-        terms_RK = (x_NK[rows] + fed_RK).double().square() * factor.pivots
+        x_RG16 = x_NK[rows][:, factor.order.long().view(-1, GROUP)]
+        fed_RG16 = torch.zeros_like(x_RG16)
+        for turn in range(x_RG16.shape[1]):
+            feed(fed_RG16, x_RG16[:, turn], turn, factor)
+        terms_RK = (x_RG16 + fed_RG16).flatten(1).double().square() * factor.pivots
         energy_N[rows] = terms_RK.cumsum(1)[:, -1]  # cumsum, unlike sum, adds from left to right
     return energy_N
 
 
 def channel_weights(factor: Factor) -> Tensor:
-    """How much the columns of a group count beside each other, F32 [G, 16], the largest 1."""
+    """How much the columns of a group count beside each other, F32 [G, 16] by turns, the largest 1."""
     pivots_G16 = factor.pivots.view(-1, GROUP)
     return (pivots_G16 / pivots_G16.amax(1, keepdim=True)).float()
 
 
-def _feed(fed_RK: Tensor, error_R: Tensor, column: int, factor: Factor) -> None:
-    """Add what the error of a column asks of the later ones."""
-    first = column // GROUP
-    coupling_K = factor.coupling[first:, column].flatten()  # 0 up to the column itself
-    fed_RK[:, first * GROUP :] += error_R[:, None] * coupling_K
+def feed(fed_RG16: Tensor, error_R16: Tensor, turn: int, factor: Factor) -> None:
+    """Add what the errors of a group ask of it and of later ones."""
+    for j, error_R in enumerate(error_R16.unbind(1), start=turn * GROUP):
+        fed_RG16[:, turn:] += error_R[:, None, None] * factor.coupling[turn:, j]
+
+
+def _follow(
+    w_R16: Tensor, fed_R16: Tensor, coupling_1616: Tensor, step_R: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """x and y of a group's turns, each with the feedback of those before it; without a step y is x."""
+    fed_R16 = fed_R16.clone()
+    x_R16, y_R16 = torch.empty_like(w_R16), torch.empty_like(w_R16)
+    for j in range(GROUP):
+        x_R16[:, j] = x_R = w_R16[:, j] + fed_R16[:, j]
+        y_R16[:, j] = y_R = x_R if step_R is None else _stored(x_R, step_R)
+        fed_R16 += (w_R16[:, j] - y_R)[:, None] * coupling_1616[j]
+    return x_R16, y_R16
+
+
+def _stored(x: Tensor, step: Tensor) -> Tensor:
+    return (scale_search.rounded(x.abs() / step) * step).copysign(x)
 
 
 def _strips(x_NK: Tensor) -> Iterator[slice]:
