@@ -15,7 +15,7 @@ from tests.evaluation.conftest import Files
 def command(files: Files, *more: str) -> list[str]:
     return [
         "eval", str(files.max), "--reference", str(files.reference), "--dataset", str(files.rows), "--device", "cpu",
-        "--num-samples", "3", "--no-progress", *more,
+        "--num-samples", "3", "--num-prompts", "0", "--no-progress", *more,
     ]  # fmt: skip
 
 

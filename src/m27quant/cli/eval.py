@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import Annotated
 
 import typer
-from rich.console import Group
-from rich.text import Text
 
 from m27quant.cli import options as shared
-from m27quant.cli.output import Output, clean, grid
+from m27quant.cli.files import forget, refuse_foreign, write_file
+from m27quant.cli.output import Output
 from m27quant.cli.progress import show
 from m27quant.cli.stopping import graceful
 from m27quant.errors import FindingsError, UsageError, escape
 
-if TYPE_CHECKING:
-    from m27quant.evaluation.result import Estimate, Evaluation
-
 DATA = "Data"
+TEXTS = "Texts"
 LIMITS = "Limits, for CI"
 
 Candidates = Annotated[
@@ -63,6 +61,44 @@ KvCacheDtype = Annotated[
         help="fp8, bf16, auto (what config.json declares); each with each of --activations.",
     ),
 ]
+NumPrompts = Annotated[
+    int,
+    typer.Option(
+        "--num-prompts", min=0, help="Beginnings of windows that models go on from; 0 for no texts.",
+        rich_help_panel=TEXTS,
+    ),
+]  # fmt: skip
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Of each text.", rich_help_panel=TEXTS)]
+NumPrompts = Annotated[
+    int,
+    typer.Option(
+        "--num-prompts", min=0, help="Beginnings of windows behind which models write; 0: no texts.",
+        rich_help_panel=TEXTS,
+    ),
+]  # fmt: skip
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Of each text.", rich_help_panel=TEXTS)]
+OutputFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--output-file", "-o", metavar="FILE", help="Write a page about it, HTML without any link.",
+        show_default=False, rich_help_panel=shared.OUTPUT_PANEL,
+    ),
+]  # fmt: skip
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace FILE whatever it is; without it only a page of m27quant's.",
+        rich_help_panel=shared.OUTPUT_PANEL,
+    ),
+]  # fmt: skip
+WriteCard = Annotated[
+    bool,
+    typer.Option(
+        "--write-card",
+        help="Put the figures into each candidate's README.md and quantization_report.json.",
+        rich_help_panel=shared.OUTPUT_PANEL,
+    ),
+]
 MaxKl = Annotated[
     float | None,
     typer.Option(
@@ -96,9 +132,15 @@ def eval_(
     kv_cache_dtype: KvCacheDtype = "auto",
     seed: shared.Seed = 0,
     device: shared.Device = "auto",
+    num_prompts: NumPrompts = 32,
+    max_tokens: MaxTokens = 64,
+    max_memory: shared.MaxMemory = None,
     max_kl: MaxKl = None,
     min_top1: MinTop1 = None,
     max_ppl_ratio: MaxPplRatio = None,
+    output_file: OutputFile = None,
+    overwrite: Overwrite = False,
+    write_card: WriteCard = False,
     offline: shared.Offline = False,
     token: shared.HubToken = None,
     no_progress: shared.NoProgress = False,
@@ -106,13 +148,14 @@ def eval_(
     quiet: shared.Quiet = False,
     verbose: shared.Verbose = 0,
 ) -> None:
-    """Measure what quantization costs: perplexity, KL divergence, agreement of tokens and routers, layer by layer.
+    """Measure what quantization costs: perplexity, KL divergence, agreement of tokens and routers, texts.
 
     All checkpoints go side by side, one layer in memory at a time.  Every figure has a 95 % interval; two checkpoints
-    are compared window by window.  Exit code 0: within the limits, or none were given; 1: beyond one, or NaN logits.
+    are compared window by window.  Models that fit into memory also write: how long greedy text stays the reference's,
+    and how healthy it is.  Exit code 0: within the limits, or none were given; 1: beyond one, or NaN logits.
 
     Examples:
-      m27quant eval ./m27-max ./m27-mse --reference MiniMaxAI/MiniMax-M2.7 --dataset heldout.txt
+      m27quant eval ./m27-max ./m27-mse --reference MiniMaxAI/MiniMax-M2.7 --dataset heldout.txt -o eval.html
 
       m27quant eval ./m27-nvfp4 --reference ./m27 --dataset rows.jsonl --activations nvfp4,bf16 --json
 
@@ -121,21 +164,38 @@ def eval_(
     output = Output.open(json=json, quiet=quiet, verbose=verbose)
     # Read when torch's thread pool is loaded: threads that spin at barriers make a shared machine crawl.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from m27quant.cli.eval_view import human
     from m27quant.evaluation.limits import Limits
     from m27quant.evaluation.run import evaluate
 
+    folders = _with_cards(candidates) if write_card else []
+    if output_file is not None:
+        if not overwrite:
+            refuse_foreign(output_file)
+        forget(output_file)
     with show(output, enabled=not no_progress) as progress, graceful(output, "") as interrupted:
         result = evaluate(
             candidates, reference=reference, dataset=dataset, num_samples=num_samples, seq_len=seq_len,
             activations=_modes("--activations", activations, ("auto", "nvfp4", "bf16")),
             kv_cache_dtypes=_modes("--kv-cache-dtype", kv_cache_dtype, ("auto", "fp8", "bf16")),
             seed=seed, limits=Limits(max_kl=max_kl, min_top1=min_top1, max_ppl_ratio=max_ppl_ratio),
-            device=device, offline=offline, token=token.reveal() if token else None,
+            num_prompts=num_prompts, max_tokens=max_tokens, device=device, max_memory=max_memory,
+            offline=offline, token=token.reveal() if token else None,
             say=output.status, progress=progress, stop=interrupted,
         )  # fmt: skip
+    if output_file is not None:
+        from m27quant.report.evaluation_page import render
+
+        write_file(output_file, render(result).encode("ascii"))
+        output.status(f"written to {output_file}")
+    for name, folder in zip(candidates, folders, strict=False):
+        from m27quant.report.evaluation_card import write_to
+
+        write_to(folder, result.of(name))
+        output.status(f"figures written into {folder}")
     output.result(
         result.document(),
-        human=_table(result),
+        human=human(result),
         quiet="\n".join(f"{row.kl_mean.value:.6g}" for row in result.candidates),
     )
     if not result.ok:
@@ -156,27 +216,12 @@ def _modes(option: str, text: str, known: tuple[str, ...]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _table(result: Evaluation) -> Group:
-    headings = ["candidate", "mode", "perplexity", "ratio", "KL mean", "KL p99", "top-1", "top-8"]
-    cells: list[list[Any]] = [
-        [
-            row.label, row.mode, f"{row.perplexity.value:.4f}", _short(row.perplexity_ratio, 4),
-            _short(row.kl_mean, 5), _short(row.kl_p99, 4), _short(row.top1, 4), _short(row.top8, 4),
-        ]
-        for row in result.candidates
-    ]  # fmt: skip
-    lines = [
-        f"reference: {escape(result.reference)}, perplexity {_short(result.reference_perplexity, 4)}",
-        f"{result.num_tokens:,} tokens in {result.num_windows:,} windows of {escape(', '.join(result.dataset))}; "
-        "(low to high): 95 % intervals",
-    ]
-    lines += [
-        f"{pair.a} - {pair.b}: KL {pair.difference:+.3g} ({pair.low:+.3g} to {pair.high:+.3g}), p {pair.p:.2g}"
-        for pair in result.pairs
-        if pair.metric == "kl"
-    ]
-    return Group(grid(headings, cells), *(Text(clean(line)) for line in ["", *lines, *result.failures]))
-
-
-def _short(estimate: Estimate, digits: int) -> str:
-    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
+def _with_cards(candidates: list[str]) -> list[Path]:
+    """Folders that figures can be written into, which has to be known before anything is measured."""
+    for name in candidates:
+        if not (Path(name) / "README.md").is_file():
+            raise UsageError(
+                f"--write-card: {escape(Path(name) / 'README.md')} is not there",
+                hint="name local folders that have a card",
+            )
+    return [Path(name) for name in candidates]
