@@ -9,7 +9,7 @@ Shapes: T tokens, D hidden, W windows, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,14 +65,14 @@ def measure(
     """
     groups = [_Group(model, windows, device, batch_tokens) for model in (reference, *candidates)]
     first, others = groups[0].models[0], [model for group in groups[1:] for model in group.models]
-    num_layers = first.config.num_hidden_layers
+    num_layers, num_experts = first.config.num_hidden_layers, first.config.num_local_experts
     signal_LW, same_RLW, noise_RLW = [], [[] for _ in others], [[] for _ in others]  # type: ignore[var-annotated]
     for layer in range(num_layers):
         for at, group in enumerate(groups):
-            stop()
-            done = (layer + at / len(groups)) / num_layers
-            progress(Progress(stage="evaluate", fraction=done, layer=layer, num_layers=num_layers))
-            group.layer(layer)
+            for expert in group.layer(layer):
+                stop()
+                done = (layer + (at + expert / num_experts) / len(groups)) / num_layers
+                progress(Progress(stage="evaluate", fraction=done, layer=layer, num_layers=num_layers))
         signal_LW.append(_per_window(first, lambda theirs, _: theirs.x.double().square().sum(-1)))
         for row, ours in enumerate(others):
             same_RLW[row].append(_per_window(first, _same_experts, ours))
@@ -102,12 +102,13 @@ class _Group:
                 for precision in model.precisions
             ]
 
-    def layer(self, index: int) -> None:
-        """One layer of each."""
+    def layer(self, index: int) -> Iterator[int]:
+        """One layer of each; gives the number of every expert before it is its turn."""
         with speaking_of(self.name):
             for model in self.models:
                 model.attention(index)
             for expert in range(self.models[0].config.num_local_experts):
+                yield expert
                 self._expert(index, expert)
             for model in self.models:
                 model.finish_layer()

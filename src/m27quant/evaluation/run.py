@@ -67,7 +67,7 @@ def evaluate(
         token: the Hub's access token.
         say: takes one line about each thing that was decided.
         progress: called as the work goes on.
-        stop: called between layers; may raise `Interrupted`.
+        stop: called between experts; may raise `Interrupted`.
 
     Raises:
         UsageError: no candidate, one that is named twice, a text too short, a mode that there is not.
