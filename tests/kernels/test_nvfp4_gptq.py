@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m27quant.errors import CalibrationError, CheckpointError
 from m27quant.kernels import dispatch, native, nvfp4_gptq, nvfp4_pack
-from m27quant.kernels.nvfp4_gptq import factor as factor_room
+from m27quant.kernels.nvfp4_gptq import decomposition
 from m27quant.kernels.nvfp4_pack import PackedNVFP4
 from tests.kernels import gptq_oracle, packing
 from tests.kernels.packing import assert_same_bytes
@@ -157,7 +157,7 @@ def test_panels_of_the_factor() -> None:
             a[200, 200] = 0
         mine, reference = a.clone(), a.clone()
         done = native.function("m27_cholesky")(mine.data_ptr(), 208, 0.5)
-        assert done == factor_room.cholesky(reference, 0.5) == (not broken)
+        assert done == decomposition.cholesky(reference, 0.5) == (not broken)
         if not broken:
             assert torch.equal(mine.triu(), reference.triu())
             assert torch.allclose(mine.triu(), torch.linalg.cholesky(a, upper=True), rtol=1e-9, atol=1e-9)

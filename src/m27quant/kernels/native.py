@@ -21,7 +21,7 @@ import torch
 
 _T = TypeVar("_T")
 
-ABI = 4
+ABI = 5
 """`M27_ABI` of `_native/core.h`: a core built from other sources than these is not used."""
 
 FOLDER = Path(__file__).parent / "_native"
@@ -42,6 +42,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "m27_pack_bf16": (c_int, [c_void_p, c_int64, c_float, c_void_p, c_void_p, *_ROWS]),
     "m27_search_fp8": (c_int, [*_FP8, c_float, c_void_p, c_void_p, c_void_p, *_ROWS]),
     "m27_search_bf16": (c_int, [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, *_ROWS]),
+    "m27_arrange": (None, [c_void_p, c_void_p, c_double, c_void_p, c_int64]),
+    "m27_couplings": (None, [c_void_p, c_int64, c_void_p]),
     "m27_cholesky": (c_int, [c_void_p, c_int64, c_double]),
     "m27_gptq_pack": (c_int, [c_void_p, c_int64, c_float, *[c_void_p] * 5, *_ROWS]),
     "m27_gptq_energy": (c_int, [c_void_p, c_int64, *[c_void_p] * 4, *_ROWS]),

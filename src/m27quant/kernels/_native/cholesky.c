@@ -1,5 +1,7 @@
-/* The Cholesky factor of a symmetric matrix in F64, by panels of rows; each element loses its products one by one, in
- * the order of rows, as in nvfp4_gptq/factor.py: the same bits on every machine.
+/* What nvfp4_gptq/factor.py does to a Hessian: arranged by turns, the Cholesky factor in F64, couplings in F32.
+ *
+ * The factor goes by panels of rows; each element loses its products one by one, in the order of rows: the same bits on
+ * every machine.
  */
 #include "core.h"
 
@@ -55,11 +57,37 @@ M27_CLONES static int cholesky(double *a, int64_t n, double least, double *strip
     return 1;
 }
 
-/* In place, n a multiple of 16, upper triangle; 0 where a pivot is not above `least`, -1 without memory. */
+/* ---- what the loader calls: n is a multiple of 16, only upper triangles count ------------------------------- */
+
+/* a[i][j] = hessian[order[i]][order[j]], and `added` to the diagonal. */
+M27_EXPORT void m27_arrange(const double *hessian, const int32_t *order, double added, double *a, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = i; j < n; j++) {
+            int64_t p = order[i], q = order[j];
+            a[i * n + j] = p < q ? hessian[p * n + q] : hessian[q * n + p];
+        }
+    M27_IEEE({
+        for (int64_t i = 0; i < n; i++) a[i * n + i] += added;
+    });
+}
+
+/* In place; 0 where a pivot is not above `least`, -1 without memory. */
 M27_EXPORT int m27_cholesky(double *a, int64_t n, double least) {
     int done = -1;
     double *strips = malloc((size_t)n * PANEL * sizeof *strips);
     if (strips) M27_IEEE({ done = cholesky(a, n, least, strips); });
     free(strips);
     return done;
+}
+
+/* coupling [n / 16][n][16] of the factor, whose first row belongs to the last turn. */
+M27_EXPORT void m27_couplings(const double *upper, int64_t n, float *coupling) {
+    M27_IEEE({
+        for (int64_t j = 0; j < n; j++) {
+            const double *row = upper + (n - 1 - j) * n;
+            float *to = coupling + j / STRIP * n * STRIP + j % STRIP;
+            for (int64_t i = 0; i < j; i++) to[i * STRIP] = (float)(row[n - 1 - i] / row[n - 1 - j]);
+            for (int64_t i = j; i < n; i++) to[i * STRIP] = 0.0f;
+        }
+    });
 }

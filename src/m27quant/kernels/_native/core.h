@@ -13,7 +13,7 @@
 #include <string.h>
 
 /* Raised whenever a signature or a meaning changes; native.py refuses another number. */
-#define M27_ABI 4
+#define M27_ABI 5
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the compiled core needs a little-endian machine"

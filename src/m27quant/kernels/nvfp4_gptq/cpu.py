@@ -10,9 +10,25 @@ from torch import Tensor
 from m27quant.kernels import native
 from m27quant.kernels.nvfp4_gptq.factor import Factor
 from m27quant.kernels.nvfp4_gptq.reference import channel_weights
+from m27quant.kernels.nvfp4_pack.reference import GROUP
 
 ROWS = 16
 """Computed side by side."""
+
+
+def decompose(hessian: Tensor, order_K: Tensor, added: float) -> tuple[Tensor, Tensor] | None:
+    """See `decomposition.decompose`."""
+    K, last_first_K = len(order_K), order_K.flip(0).int()
+    upper_KK = torch.empty(K, K, dtype=torch.float64)
+    native.function("m27_arrange")(hessian.data_ptr(), last_first_K.data_ptr(), added, upper_KK.data_ptr(), K)
+    done = native.function("m27_cholesky")(upper_KK.data_ptr(), K, added / 2)
+    if done < 0:
+        raise MemoryError("no memory for a panel of the Cholesky factor")
+    if not done:
+        return None
+    coupling_GK16 = torch.empty(K // GROUP, K, GROUP)
+    native.function("m27_couplings")(upper_KK.data_ptr(), K, coupling_GK16.data_ptr())
+    return coupling_GK16, upper_KK.diagonal().square().flip(0)
 
 
 def pack(

@@ -15,13 +15,13 @@ Shapes: K channels, G = K/16 groups of them.
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from m27quant.errors import CalibrationError
-from m27quant.kernels import native
 from m27quant.kernels.dispatch import choose
 from m27quant.kernels.nvfp4_pack.reference import GROUP
 
@@ -66,14 +66,14 @@ def factorize(hessian: Tensor, *, damping: float = DAMPING) -> Factor:
     diagonal_K = hessian.diagonal().double()
     mean = float(diagonal_K.mean()) or 1.0
     order_K = column_order(diagonal_K)
-    share = damping
+    backend = _backend(hessian.device)
+    hessian, share = hessian.double().contiguous(), damping
     for attempt in range(1, MOST_ATTEMPTS + 1):
         added = share * mean
-        damped_KK = _reversed(hessian, order_K)
-        damped_KK.diagonal().add_(added)
-        if _decompose(damped_KK, added / 2):
+        found = backend.decompose(hessian, order_K, added)
+        if found is not None:
             dead = int((diagonal_K == 0).sum())
-            return Factor(order_K.int(), *_by_turns(damped_KK), share, attempt, dead)
+            return Factor(order_K.int(), *found, share, attempt, dead)
         share = share * 10 if share else DAMPING
     raise CalibrationError(
         f"a Hessian of {len(hessian)} channels cannot be factorized, not even with {added / mean:g} times its "
@@ -90,50 +90,14 @@ def column_order(diagonal_K: Tensor) -> Tensor:
     return (groups_G[:, None] * GROUP + columns_G16[groups_G]).flatten()
 
 
-def cholesky(a_KK: Tensor, least: float) -> bool:
-    """a = U^T U in place, F64, U upper; False where a pivot is not above `least`.  What is below the diagonal is lost.
+def _backend(device: torch.device) -> ModuleType:
+    if choose("nvfp4_gptq", device).backend == "cpu-native":
+        from m27quant.kernels.nvfp4_gptq import cpu
 
-    Each element loses its products one by one, in the order of rows, each product and difference rounded once.
-    """
-    for k in range(len(a_KK)):
-        pivot = float(a_KK[k, k])
-        if not pivot > least:
-            return False
-        a_KK[k, k:] /= math.sqrt(pivot)  # torch's root of an F64 tensor may be off by a bit
-        row_L = a_KK[k, k + 1 :]
-        a_KK[k + 1 :, k + 1 :] -= row_L[:, None] * row_L
-    return True
+        return cpu
+    from m27quant.kernels.nvfp4_gptq import decomposition
 
-
-def _decompose(a_KK: Tensor, least: float) -> bool:
-    """`cholesky` by the device's backend; CUDA adds in an order of its own."""
-    backend = choose("nvfp4_gptq", a_KK.device).backend
-    if backend == "cpu-native":
-        done: int = native.function("m27_cholesky")(a_KK.data_ptr(), len(a_KK), least)
-        if done < 0:
-            raise MemoryError("no memory for a panel of the Cholesky factor")
-        return bool(done)
-    if a_KK.device.type == "cpu":
-        return cholesky(a_KK, least)
-    upper_KK, failed = torch.linalg.cholesky_ex(a_KK, upper=True)
-    a_KK.copy_(upper_KK)
-    return not int(failed) and bool((upper_KK.diagonal().square() > least).all())
-
-
-def _reversed(hessian: Tensor, order_K: Tensor) -> Tensor:
-    """The matrix with the last turn first, F64, whole."""
-    upper_KK = hessian.double().triu()
-    upper_KK += upper_KK.triu(1).T
-    last_first_K = order_K.flip(0)
-    return upper_KK[last_first_K][:, last_first_K].contiguous()
-
-
-def _by_turns(upper_KK: Tensor) -> tuple[Tensor, Tensor]:
-    """Coupling and pivots: reversed, row j of U is column j of R times the root of p_j."""
-    K = len(upper_KK)
-    root_K = upper_KK.diagonal().clone()
-    coupling_KK = (upper_KK.triu_(1).div_(root_K[:, None])).float().flip(0, 1)
-    return coupling_KK.view(K // GROUP, GROUP, K).transpose(1, 2).contiguous(), root_K.square().flip(0)
+    return decomposition
 
 
 def _check(hessian: Tensor, damping: float) -> None:
@@ -145,8 +109,8 @@ def _check(hessian: Tensor, damping: float) -> None:
         raise ValueError(f"hessian has shape {list(hessian.shape)}, must be square, a multiple of {GROUP}")
     if not 0 <= damping < float("inf"):
         raise ValueError(f"damping must be finite and not negative, is {damping:g}")
-    bad = int((~hessian.triu().isfinite()).sum())
-    if bad:
+    if not math.isfinite(float(hessian.triu().sum(dtype=torch.float64))):
+        bad = int((~hessian.triu().isfinite()).sum())
         raise CalibrationError(f"{bad} sums of a Hessian of {K} channels are NaN or infinite")
     negative = int((hessian.diagonal() < 0).sum())
     if negative:
