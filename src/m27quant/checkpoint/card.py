@@ -55,6 +55,22 @@ def licence_of(folder: Path) -> dict[str, str]:
     return dict(found)
 
 
+def with_section(card: str, name: str, heading: str, section: str) -> str:
+    """`card` with `section` (Markdown) in the place of an earlier one of this name.
+
+    A card that has no such place gets one, under `heading`, before the licence, or at its end.
+    """
+    begin, end = f"<!-- m27quant:{name} -->", f"<!-- /m27quant:{name} -->"
+    marked = f"{begin}\n{section.strip()}\n{end}"
+    found = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
+    if found.search(card):
+        return found.sub(lambda _: marked, card, count=1)
+    whole = f"## {heading}\n\n{marked}\n"
+    if licence := re.search(r"^## Licence$", card, re.M):
+        return f"{card[: licence.start()]}{whole}\n{card[licence.start() :]}"
+    return f"{card.rstrip()}\n\n{whole}"
+
+
 def escape_markdown(text: object) -> str:
     """Hostile text as one harmless line of Markdown."""
     line = "".join(c if c.isprintable() else "?" for c in str(text))[:200]

@@ -69,14 +69,6 @@ NumPrompts = Annotated[
     ),
 ]  # fmt: skip
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Of each text.", rich_help_panel=TEXTS)]
-NumPrompts = Annotated[
-    int,
-    typer.Option(
-        "--num-prompts", min=0, help="Beginnings of windows behind which models write; 0: no texts.",
-        rich_help_panel=TEXTS,
-    ),
-]  # fmt: skip
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Of each text.", rich_help_panel=TEXTS)]
 OutputFile = Annotated[
     Path | None,
     typer.Option(

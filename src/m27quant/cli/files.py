@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from m27quant.errors import UsageError, escape
+from m27quant.errors import OutputError, UsageError, escape
+
+HEAD_BYTES = 1024
+PAGE_MARK = b'<meta name="generator" content="m27quant report '
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -41,3 +44,30 @@ def forget(path: Path) -> None:
         raise_for_os_error(fault, path)
     except ValueError:
         raise UsageError(f"{escape(path)}: not a path", hint="name a file") from None
+
+
+def refuse_foreign(path: Path) -> None:
+    """Where a page is to be written a regular file is replaced only if its head names us.
+
+    Raises:
+        OutputError: a folder, or another's file.
+        UsageError: not a path.
+    """
+    from m27quant.checkpoint.durable import raise_for_os_error
+
+    try:
+        if path.is_dir():
+            raise OutputError(f"{escape(path)}: a folder", hint="name a file, as in `-o report.html`")
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except (OSError, ValueError) as fault:
+        if isinstance(fault, OSError):
+            raise_for_os_error(fault, path)
+        raise UsageError(f"{escape(path)}: not a path", hint="name a file") from None
+    if PAGE_MARK not in head:
+        raise OutputError(
+            f"{escape(path)}: exists and is no page of m27quant's",
+            hint="name another file, or add --overwrite",
+        )

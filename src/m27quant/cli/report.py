@@ -9,16 +9,15 @@ import typer
 
 from m27quant.cli import options as shared
 from m27quant.cli import verify_options as ask
-from m27quant.cli.files import forget, write_file
+from m27quant.cli.files import forget, refuse_foreign, write_file
 from m27quant.cli.output import Output
 from m27quant.cli.verifying import Request, given, run, without_accepted
-from m27quant.errors import OutputError, UsageError, escape
+from m27quant.errors import UsageError
 
 if TYPE_CHECKING:
     from m27quant.verify.findings import VerifyResult
 
 STDOUT = Path("-")
-HEAD_BYTES = 1024
 
 OutputFile = Annotated[
     Path,
@@ -88,7 +87,7 @@ def report(
         raise UsageError("--json and --output-file - both want stdout", hint="give a file's name")
     if output_file != STDOUT:
         if not overwrite:
-            _refuse_foreign(output_file)
+            refuse_foreign(output_file)
         forget(output_file)
     asked = Request(
         checkpoint=checkpoint, full=full, source=source, logits=logits,
@@ -131,25 +130,3 @@ def _page(folder: Path, result: VerifyResult, accepted: int) -> str:
         accepted=accepted,
     )
     return render(page)
-
-
-def _refuse_foreign(path: Path) -> None:
-    """A regular file is replaced only where its head names us."""
-    from m27quant.checkpoint.durable import raise_for_os_error
-
-    try:
-        if path.is_dir():
-            raise OutputError(f"{escape(path)}: a folder", hint="name a file, as in `-o report.html`")
-        if not path.is_file():
-            return
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-    except (OSError, ValueError) as fault:
-        if isinstance(fault, OSError):
-            raise_for_os_error(fault, path)
-        raise UsageError(f"{escape(path)}: not a path", hint="name a file") from None
-    if b'<meta name="generator" content="m27quant report ' not in head:
-        raise OutputError(
-            f"{escape(path)}: exists and is no page of m27quant's",
-            hint="name another file, or add --overwrite",
-        )

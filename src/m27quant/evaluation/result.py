@@ -6,7 +6,7 @@ Every estimate comes with an interval that covers in 95 % of samplings of whole 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Activations = Literal["nvfp4", "bf16"]
@@ -149,6 +149,12 @@ class Evaluation:
     def ok(self) -> bool:
         """Nothing failed."""
         return not self.failures
+
+    def of(self, checkpoint: str) -> Evaluation:
+        """One candidate's rows and the tests between them."""
+        rows = tuple(row for row in self.candidates if row.checkpoint == checkpoint)
+        own = {row.label for row in rows}
+        return replace(self, candidates=rows, pairs=tuple(p for p in self.pairs if {p.a, p.b} <= own))
 
     def document(self) -> dict[str, Any]:
         """The JSON document without its `schema_version`; floats may be NaN or infinite, which writers turn to null."""

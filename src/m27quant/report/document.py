@@ -39,8 +39,8 @@ def document(result: VerifyResult, *, accepted: int = 0) -> dict[str, Any]:
         "error": _fault(result.fault),
         "findings": [_finding(f, mark) for f, mark in zip(result.findings, marks, strict=True)],
     }
-    plain: dict[str, Any] = _plain(content)
-    return plain
+    found: dict[str, Any] = plain(content)
+    return found
 
 
 def _fault(fault: M27Error | None) -> dict[str, Any] | None:
@@ -72,14 +72,14 @@ def _finding(finding: Finding, mark: str) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """What JSON can hold: no NaN, no lone surrogates, which strict parsers refuse."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {_plain(str(key)): _plain(item) for key, item in value.items()}
+        return {plain(str(key)): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, bool | int):
         return value
     return str(value).encode("utf-8", "backslashreplace").decode()

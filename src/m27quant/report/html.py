@@ -57,6 +57,7 @@ def render(page: Page) -> str:
         sizes=words.sizes(page.measured, recorded),
         logits=logits_rows(logits) if logits else [],
         source=measured_rows(told.get("source") or {}),
+        evaluated=words.evaluated(recorded),
         serving=serving_table(told),
         charts=drawings.charts(page.measured, recorded, logits.get("layer_sqnr_db") or ()),
         maps=maps,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from m27quant.report.evaluation_words import FIGURES
 from m27quant.report.measured import Measured
 from m27quant.report.recorded import PROJECTIONS, Recorded, quality, routed
 from m27quant.report.text import details, plural, size
@@ -81,6 +82,29 @@ def made(recorded: Recorded | None) -> list[tuple[str, str]]:
         ),
         ("Rows dropped", f"{len(c.dropped_rows):,}"),
     ]
+
+
+def evaluated(recorded: Recorded | None) -> dict[str, Any] | None:
+    """What `m27quant eval --write-card` has added: a sentence, and a table of figures by mode."""
+    found = recorded.evaluation if recorded else None
+    if found is None or not found.candidates:
+        return None
+    lines = []
+    for name, figure in FIGURES.items():
+        estimates = [row.figure(name) for row in found.candidates]
+        if any(estimate is not None for estimate in estimates):
+            lines.append(
+                [
+                    figure.title,
+                    *("none" if e is None else "{} ({})".format(*figure.show(e)) for e in estimates),
+                ]
+            )
+    data = found.data
+    told = (
+        f"Against {found.reference.checkpoint} on {plural(data.num_tokens, 'token')} of {', '.join(data.dataset)} in "
+        f"{plural(data.num_windows, 'window')}; in brackets 95 % intervals."
+    )
+    return {"told": told, "head": ["", *(row.mode for row in found.candidates)], "lines": lines}
 
 
 def tiles(result: VerifyResult, measured: Measured, recorded: Recorded | None) -> list[tuple[str, str, str]]:

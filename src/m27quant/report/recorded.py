@@ -13,6 +13,7 @@ from m27quant.checkpoint.source import check_link_stays_inside
 from m27quant.checkpoint.strict_json import read_object
 from m27quant.checkpoint.workspace import REPORT
 from m27quant.errors import M27Error, escape
+from m27quant.report.recorded_evaluation import Evaluated
 
 PROJECTIONS = ("w1", "w2", "w3")
 MAX_LIST = 16_384
@@ -133,6 +134,8 @@ class Recorded(_Part):
     summary: Sizes
     notices: Texts
     layers: Annotated[list[Layer], Field(min_length=1, max_length=4096)]
+    evaluation: Evaluated | None = None
+    """What `m27quant eval --write-card` has added."""
 
     @model_validator(mode="after")
     def _layers_in_order(self) -> Recorded:
