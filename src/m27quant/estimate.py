@@ -20,14 +20,14 @@ from m27quant.checkpoint.writer import open_shards, plan_shard
 from m27quant.distributed.ranks import Ranks
 from m27quant.kernels import fp8_dequant
 from m27quant.kernels.nvfp4_gptq import Factor, factorize
-from m27quant.layer_statistics import PACKED_BY_STATISTICS, statistics_on_disk
+from m27quant.layer_statistics import statistics_on_disk
 from m27quant.pack import Stored, bf16_buffers, pack_expert, read_expert, write_expert
 from m27quant.pack_stats import PackStats
 from m27quant.packing import ByErrorFeedback, ByLeastError, Packing, plain_packing
 from m27quant.plan import disk_needed
 from m27quant.prepare import Options, Prepared, prepare
 from m27quant.quantize import log
-from m27quant.recipes.schema import Method
+from m27quant.recipes.algorithm import FULL_COVERAGE_METHODS, Method
 from m27quant.runtime.layer import gated_activation
 from m27quant.shares import share_of
 
@@ -172,7 +172,7 @@ def _time_expert(prepared: Prepared) -> tuple[float, dict[str, Stored]]:
             ]
             started = time.perf_counter()
             with open_shards(Path(folder), f"expert-{expert}", [plan_shard(specs)], []) as shards:
-                for _ in range(2 if method in PACKED_BY_STATISTICS else 1):
+                for _ in range(2 if method in FULL_COVERAGE_METHODS else 1):
                     stored = read_expert(source, 0, expert, prepared.device)
                 packed, _ = pack_expert(source, 0, expert, stored, PackStats(), buffers, how)
                 write_expert(shards, packed)
@@ -221,7 +221,7 @@ def _time_activation(prepared: Prepared, stored: dict[str, Stored], tokens: int)
     for _ in range(2):
         started = time.perf_counter()
         act = gated_activation(h, w1, w3)
-        if method in PACKED_BY_STATISTICS:
+        if method in FULL_COVERAGE_METHODS:
             squares(act)
         if gram is not None:
             gram.add(act[:routed])

@@ -24,7 +24,7 @@ from m27quant.pack import stream_experts
 from m27quant.pack_stats import PackStats, merged_stats
 from m27quant.packing import Packing, plain_packing
 from m27quant.plan import Unit, norm_and_router_names
-from m27quant.recipes.schema import Method
+from m27quant.recipes.algorithm import Method
 from m27quant.runtime.layer import AttentionWeights, RouterWeights
 from m27quant.runtime.loader import attention_weights, router_weights
 from m27quant.scales import write_scales

@@ -18,11 +18,9 @@ from m27quant.calib.routing import Routings
 from m27quant.checkpoint.config import M2Config
 from m27quant.job import Job
 from m27quant.packing import ByErrorFeedback, ByLeastError, Packing
-from m27quant.recipes.schema import Method
+from m27quant.recipes.algorithm import FULL_COVERAGE_METHODS, Method
 from m27quant.shared import shared_sum
 
-PACKED_BY_STATISTICS: tuple[Method, ...] = ("awmse", "gptq")
-"""Algorithms whose experts are packed once a layer's calibration is over."""
 SCRATCH = "scratch-hessians"
 
 
@@ -32,7 +30,7 @@ class LayerStatistics:
     def __init__(self, job: Job) -> None:
         config, device, method = job.source.config, job.device, job.plan.resolved.algorithm
         self._job = job
-        self._moments = Moments(config, device) if method in PACKED_BY_STATISTICS else None
+        self._moments = Moments(config, device) if method in FULL_COVERAGE_METHODS else None
         self._maxima = None if job.input_range.is_maximum else BlockMaxima(config, device)
         own = job.work / f"{SCRATCH}-{job.ranks.rank}"
         self._hessians = Hessians(config, device, own) if method == "gptq" else None
@@ -99,7 +97,7 @@ def statistics_bytes(
     method: Method, input_range: InputRange, config: M2Config, device: torch.device
 ) -> tuple[int, int]:
     """Bytes that they take beside everything else, and for each expert of a group."""
-    moments = moments_bytes(config, device) if method in PACKED_BY_STATISTICS else 0
+    moments = moments_bytes(config, device) if method in FULL_COVERAGE_METHODS else 0
     maxima = 0 if input_range.is_maximum else block_maxima_bytes(config, device)
     hessians, per_expert = hessian_bytes(config, device) if method == "gptq" else (0, 0)
     return moments + maxima + hessians, per_expert
@@ -107,7 +105,7 @@ def statistics_bytes(
 
 def statistics_on_disk(method: Method, input_range: InputRange, config: M2Config, ranks: int) -> int:
     """Bytes, at most, of the files in which they lie and through which several ranks add them up."""
-    moments = moments_on_disk(config) if method in PACKED_BY_STATISTICS else 0
+    moments = moments_on_disk(config) if method in FULL_COVERAGE_METHODS else 0
     maxima = 0 if input_range.is_maximum else block_maxima_on_disk(config)
     inputs, activations = hessians_on_disk(config) if method == "gptq" else (0, 0)
     summed = max(moments, maxima, inputs) if ranks > 1 else 0

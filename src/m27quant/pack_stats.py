@@ -11,7 +11,7 @@ import torch
 
 from m27quant.checkpoint import names
 from m27quant.kernels import nvfp4_pack
-from m27quant.recipes.schema import Method
+from m27quant.recipes.algorithm import Method
 
 
 @dataclass(slots=True)

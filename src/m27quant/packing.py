@@ -13,7 +13,7 @@ from m27quant.kernels.nvfp4_gptq import Factor
 from m27quant.kernels.nvfp4_pack import PackedNVFP4
 from m27quant.kernels.nvfp4_pack.weighted import weighted_error
 from m27quant.pack_stats import PackStats
-from m27quant.recipes.schema import Method
+from m27quant.recipes.algorithm import Method
 
 SAMPLED_ROWS = 128
 """Of a matrix, spread evenly: those whose output error is measured, as all would cost as much as packing."""

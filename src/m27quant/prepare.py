@@ -23,9 +23,10 @@ from m27quant.checkpoint.layout import check_layout
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.workspace import differences
 from m27quant.errors import CheckpointError, UsageError, escape
-from m27quant.layer_statistics import PACKED_BY_STATISTICS, statistics_bytes
+from m27quant.layer_statistics import statistics_bytes
 from m27quant.plan import Plan, check_paths, make_plan
 from m27quant.recipes import Recipe, load_recipe
+from m27quant.recipes.algorithm import FULL_COVERAGE_METHODS
 from m27quant.runtime.device import pick_device
 from m27quant.runtime.host_memory import default_budget
 
@@ -179,7 +180,7 @@ def _refuse_lost_statistics(recipe: Recipe, options: Options) -> None:
             "--input-scale-headroom and --input-scale-percentile need calibration and packing in one run",
             hint="leave out --calibrate-only and --ranges",
         )
-    if recipe.quantize.algorithm.method in PACKED_BY_STATISTICS and in_two_runs:
+    if recipe.quantize.algorithm.method in FULL_COVERAGE_METHODS and in_two_runs:
         raise UsageError(
             f"recipe '{escape(recipe.name)}' packs by second moments, which calibration.json does not hold",
             hint="calibrate and pack in one run, on several ranks where it should be faster",

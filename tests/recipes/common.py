@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from m27quant.recipes import BUILTIN, Recipe, load_recipe
+from m27quant.recipes.algorithm import OWN_METHODS
 from m27quant.recipes.describe import official_modules
 from m27quant.recipes.loader import parse_recipe
-from m27quant.recipes.schema import OWN_METHODS
 
 MODELOPTS = tuple(n for n in BUILTIN if load_recipe(n).quantize.algorithm.method not in OWN_METHODS)
 """Built-in recipes that modelopt knows, too."""

@@ -225,7 +225,11 @@ def test_every_experts_only_recipe_is_judged() -> None:
     assert set(ALIASES) <= set(COLLECTION)
 
 
-@pytest.mark.parametrize("name", [*MODELOPTS, *(f"general/ptq/{name}" for name in SUPPORTED)])
+ON_ANY_DEVICE = tuple(name for name in MODELOPTS if "gptq" not in name)
+"""modelopt's gptq quantizes inputs while it sums their Hessians, which its NVFP4 does on GPUs alone."""
+
+
+@pytest.mark.parametrize("name", [*ON_ANY_DEVICE, *(f"general/ptq/{name}" for name in SUPPORTED)])
 def test_modelopt_quantizes_with_our_file_what_we_say(
     name: str, mtq: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

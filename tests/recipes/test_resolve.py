@@ -10,8 +10,8 @@ import pytest
 
 from m27quant.errors import RecipeError
 from m27quant.recipes import BUILTIN, load_recipe
+from m27quant.recipes.algorithm import METHODS
 from m27quant.recipes.describe import describe, official_modules
-from m27quant.recipes.schema import METHODS
 from tests.recipes.common import EXPERTS, FP8, MODULES, NVFP4, entry, parsed, recipe_text
 
 EXPERT = re.compile(r"model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w[123]")

@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from typing import Any
 
+from m27quant.recipes.algorithm import Method
 from m27quant.recipes.recipe import Recipe
-from m27quant.recipes.schema import Method
 
 M2_7_LAYERS, M2_7_EXPERTS = 62, 256
 
@@ -27,8 +27,8 @@ COSTS: dict[Method, str] = {
     "algorithm; verify cannot repeat the choice without the moments, and says so",
     "gptq": "experts are read a second time, and packing takes a multiple of the time; Hessians of inputs are summed "
     "and factorized, each expert's kept in a scratch file: for M2.7 5 GB of disk and 1 GB of memory per process; "
-    "weights are fitted to the calibration's tokens more than with the others; nvidia-modelopt has no such algorithm; "
-    "verify cannot repeat the rounding without the Hessians, and says so",
+    "weights are fitted to the calibration's tokens more than with the others; nvidia-modelopt's gptq keeps block "
+    "scales from maxima and gives other bytes; verify cannot repeat the rounding without the Hessians, and says so",
 }
 
 

@@ -11,7 +11,7 @@ import importlib.util
 from pathlib import Path, PurePosixPath
 
 from m27quant.errors import EnvironmentFault, RecipeError, escape
-from m27quant.recipes.schema import closest
+from m27quant.recipes.strict_model import closest
 from m27quant.recipes.strict_yaml import MAX_BYTES, MAX_NODES, Map, Place, Seq, Value, parse
 
 IMPORT = "$import"

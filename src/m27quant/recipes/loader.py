@@ -11,7 +11,8 @@ from pydantic_core import ErrorDetails
 from m27quant.errors import RecipeError, escape
 from m27quant.recipes.imports import exists, library_file, library_label, read_limited, resolve_imports
 from m27quant.recipes.recipe import Recipe
-from m27quant.recipes.schema import RecipeFile, closest
+from m27quant.recipes.schema import RecipeFile
+from m27quant.recipes.strict_model import closest
 from m27quant.recipes.strict_yaml import Map, Place, Seq, Value, parse
 
 BUILTIN: Final = (

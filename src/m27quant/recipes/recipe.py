@@ -12,8 +12,9 @@ import yaml
 from pydantic import ValidationError
 
 from m27quant.errors import RecipeError, escape
+from m27quant.recipes.algorithm import FULL_COVERAGE_METHODS, OWN_METHODS
 from m27quant.recipes.resolve import ResolvedRecipe, Rule, resolve
-from m27quant.recipes.schema import OWN_METHODS, Calibration, MoeCalib, Quantize
+from m27quant.recipes.schema import Calibration, MoeCalib, Quantize
 from m27quant.recipes.strict_yaml import Place
 
 
@@ -60,7 +61,7 @@ class Recipe:
             RecipeError: a pattern matches nothing, or asks for what m27quant does not write.
         """
         method = self.quantize.algorithm.method
-        if method in OWN_METHODS and self.moe_calib == "natural":
+        if method in FULL_COVERAGE_METHODS and self.moe_calib == "natural":
             raise RecipeError(
                 f"algorithm `{method}` needs every expert to see every token, calibration is on routed tokens only",
                 hint="calibrate with `moe_calib: full` (--moe-calib full), or choose another recipe",

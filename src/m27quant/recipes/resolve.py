@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from m27quant.errors import RecipeError, escape
+from m27quant.recipes.algorithm import Method
 from m27quant.recipes.formats import (
     FP8,
     FP8_CAST,
@@ -28,7 +29,8 @@ from m27quant.recipes.formats import (
     format_of,
 )
 from m27quant.recipes.patterns import Pattern
-from m27quant.recipes.schema import Entry, Method, MoeCalib, closest
+from m27quant.recipes.schema import Entry, MoeCalib
+from m27quant.recipes.strict_model import closest
 from m27quant.recipes.strict_yaml import Place
 
 KVCache = Literal["fp8", "fp8_cast"]

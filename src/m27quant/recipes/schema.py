@@ -7,36 +7,25 @@ has no such section, and what a recipe leaves out is the default here.
 
 from __future__ import annotations
 
-import difflib
 import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from m27quant.recipes.algorithm import Algorithm
+from m27quant.recipes.strict_model import Strict, closest
 
 MAX_RULES = 256
 MAX_PATTERN = 256
 
 MoeCalib = Literal["full", "natural"]
-Method = Literal["max", "mse", "awmse", "gptq"]
-METHODS: tuple[Method, ...] = ("max", "mse", "awmse", "gptq")
-OWN_METHODS: tuple[Method, ...] = ("awmse", "gptq")
-"""m27quant's, which modelopt does not have."""
-
-
-def closest(word: object, choices: list[str]) -> str | None:
-    """Return the choice that reads most like `word`, None when nothing does."""
-    match = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
-    return match[0] if match else None
 
 
 def _tuple(value: object) -> object:
@@ -49,27 +38,6 @@ def _bits(value: object) -> object:
     if isinstance(value, str) and (match := re.fullmatch(r"[Ee]([0-9])[Mm]([0-9])", value)):
         return int(match[1]), int(match[2])
     return _tuple(value)
-
-
-class Strict(BaseModel):
-    """Frozen, no coercion, no unknown key, no NaN."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: object) -> object:
-        """Name the unknown key and the nearest known one, which pydantic's own message does not."""
-        if isinstance(data, dict):
-            known = list(cls.model_fields)
-            for key in data:
-                if key not in cls.model_fields:
-                    near = closest(key, known)
-                    hint = f"did you mean `{near}`?" if near else f"known keys: {', '.join(known)}"
-                    raise PydanticCustomError(
-                        "recipe_unknown_key", "unknown key `{key}`", {"key": key, "hint": hint}
-                    )
-        return data
 
 
 Bits = Annotated[int | tuple[int, int] | str, BeforeValidator(_bits)]
@@ -160,89 +128,6 @@ class Entry(Strict):
                     "`{p}` sets `enable` inside `cfg`, which modelopt ignores",
                     {"p": self.quantizer_name, "hint": "write `enable` beside `cfg`"},
                 )
-        return self
-
-
-class Layerwise(Strict):
-    """modelopt's layer-by-layer calibration; m27quant always works so, with its own journal."""
-
-    enable: bool = False
-    get_qdq_activations_from_prev_layer: bool = False
-    checkpoint_dir: str | None = None
-    save_every: int = Field(default=1, ge=1)
-    calib_mutates_weights: bool = True
-
-
-class Algorithm(Strict):
-    """How scales are chosen.
-
-    `max`: exact maxima.  `mse` with `fp8_scale_sweep`: activations by maxima, each block scale of a weight by the
-    least squared error.  `awmse`, which modelopt does not have: the same with each error weighted by the second moment
-    of its input channel.  `gptq`, which modelopt's NVFP4 does not have: error feedback by the Hessian of the inputs.
-    """
-
-    method: Method
-    fp8_scale_sweep: bool | None = None
-    moe_calib_experts_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
-    layerwise: Layerwise = Layerwise()
-    distributed_sync: bool | None = True
-    sync_expert_weight_amax: Literal[False] = False
-    skip_forward_without_activation_calib: bool = False
-    shared_states: None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, data: object) -> object:
-        """Refuse another algorithm by its name, before its options look like unknown keys."""
-        if isinstance(data, list):
-            raise PydanticCustomError(
-                "recipe_algorithm",
-                "a chain of algorithms is not supported",
-                {"hint": "m27quant runs `max`, `mse`, `awmse` or `gptq`"},
-            )
-        if not isinstance(data, dict):
-            data = {"method": data}
-        method = data.get("method")
-        if "method" in data and method not in METHODS:
-            raise PydanticCustomError(
-                "recipe_algorithm",
-                "algorithm `{method}` is not supported",
-                {
-                    "method": "null" if method is None else method,
-                    "hint": "m27quant calibrates with `max`, `mse`, `awmse` or `gptq`",
-                },
-            )
-        return data
-
-    @field_validator("layerwise", mode="before")
-    @classmethod
-    def _null_layerwise(cls, value: object) -> object:
-        return {} if value is None else value
-
-    @model_validator(mode="after")
-    def _sweep_of_e4m3(self) -> Self:
-        if self.method == "mse" and not self.fp8_scale_sweep:
-            raise PydanticCustomError(
-                "recipe_multiplier_search",
-                "`mse` without `fp8_scale_sweep: true` is not supported",
-                {"hint": "modelopt then tries multiples of each maximum; m27quant finds the best E4M3 scale"},
-            )
-        if self.method != "mse" and self.fp8_scale_sweep is not None:
-            raise PydanticCustomError(
-                "recipe_sweep_without_mse",
-                "`fp8_scale_sweep` goes with `method: mse`",
-                {"hint": "remove it, or choose `mse`"},
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _full_precision_inputs(self) -> Self:
-        if self.layerwise.enable and self.layerwise.get_qdq_activations_from_prev_layer:
-            raise PydanticCustomError(
-                "recipe_qdq_activations",
-                "`layerwise.get_qdq_activations_from_prev_layer: true` is not supported",
-                {"hint": "m27quant propagates full-precision activations, as modelopt's max does by default"},
-            )
         return self
 
 

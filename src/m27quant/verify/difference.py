@@ -19,7 +19,7 @@ from m27quant.kernels import fp8_dequant, nvfp4_pack
 from m27quant.kernels.nvfp4_pack import Exact, PackedNVFP4, SquaredError
 from m27quant.kernels.nvfp4_pack.reference import bf16_rows, encode, global_scale, groups
 from m27quant.pack import Naming
-from m27quant.recipes.schema import Method
+from m27quant.recipes.algorithm import Method
 
 Kind = Literal[
     "exact",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from m27quant.recipes.schema import Method
+    from m27quant.recipes.algorithm import Method
 
 _ATTENTION = re.compile(
     r"model\.layers\.[0-9]+\.self_attn\.[qkvo]_proj\.(?:weight|weight_scale|weight_scale_inv|input_scale)"
