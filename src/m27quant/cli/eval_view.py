@@ -25,12 +25,12 @@ def human(result: Evaluation) -> Group:
     if result.pairs:
         tests = [
             (
-                words.TESTED[pair.metric][0], f"{pair.a} - {pair.b}", f"{pair.difference:+.3g}",
+                pair.metric, pair.a, pair.b, f"{pair.difference:+.3g}",
                 words.probability(pair.p), words.outcome(pair),
             )
             for pair in result.pairs
         ]  # fmt: skip
-        parts += ["", grid(("by", "pair", "difference", "p", "outcome"), tests)]
+        parts += ["", grid(("by", "a", "b", "a - b", "p", "outcome"), tests)]
     parts += ["", *(Text(clean(line)) for line in (*_basis(result), *result.failures))]
     return Group(*parts)
 
@@ -49,10 +49,15 @@ def _figures(result: Evaluation) -> RenderableType:
 
 def _texts(result: Evaluation) -> list[RenderableType]:
     """Health of all models; why there is none, where it was not measured."""
-    told = [(words.base_name(result.reference), words.health_cells(result.reference_health))]
-    told += [(row.label, words.health_cells(row.health)) for row in result.candidates]
-    known = [(name, *cells) for name, cells in told if not isinstance(cells, str)]
-    parts: list[RenderableType] = [grid(("texts of", *words.HEALTH.values()), known)] if known else []
+    told = [(words.base_name(result.reference), words.health_shares(result.reference_health))]
+    told += [(row.label, words.health_shares(row.health)) for row in result.candidates]
+    known = [(name, shares) for name, shares in told if not isinstance(shares, str)]
+    cells = [
+        (sign if name == known[0][0] else "", name, *shares[n])
+        for n, sign in enumerate(words.HEALTH.values())
+        for name, shares in known
+    ]
+    parts: list[RenderableType] = [grid(("texts", "model", "share", "95 % interval"), cells)] if cells else []
     parts += [Text(clean(f"{name}: no texts: {why}")) for name, why in told if isinstance(why, str)]
     return parts
 

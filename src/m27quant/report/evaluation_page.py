@@ -15,6 +15,7 @@ from m27quant.report.evaluation_words import FIGURES, HEALTH, TESTED
 from m27quant.report.page import GENERATOR, fill
 from m27quant.report.page_drawings import Chart
 from m27quant.report.plots import COLOURS, Series
+from m27quant.report.text import line
 
 MARGIN = 0.06
 """Of the width, to the left and right of what is drawn."""
@@ -60,7 +61,9 @@ def render(result: Evaluation) -> str:
         figures=[w for name in FIGURES if (w := _whiskers(name, rows)) is not None],
         rows=rows,
         worst=[(words.worst_layer(row), words.least_router(row)) for row in rows],
-        pairs=[(p, *TESTED[p.metric], words.outcome(p), words.probability(p.p)) for p in result.pairs],
+        pairs=[
+            (p, *TESTED[p.metric], words.outcome(p, p.a, p.b), words.probability(p.p)) for p in result.pairs
+        ],
         number=plots.number,
         charts=_charts(rows),
         layers=_layers(rows),
@@ -153,7 +156,7 @@ def _series(name: str, estimates: Sequence[Estimate]) -> Series:
     finite = np.isfinite(mid)
     mid, low, high = (np.where(finite, a, np.nan) for a in (mid, low, high))
     unsure = np.isnan(low) | np.isnan(high)
-    return Series(name=name, mid=mid, low=np.where(unsure, mid, low), high=np.where(unsure, mid, high))
+    return Series(name=line(name), mid=mid, low=np.where(unsure, mid, low), high=np.where(unsure, mid, high))
 
 
 def _survival(row: CandidateResult) -> Series:
@@ -161,7 +164,7 @@ def _survival(row: CandidateResult) -> Series:
     points = np.array(found.get("points", []), np.float64)
     tokens = np.arange(1, found.get("max_tokens", 0) + 1) if len(points) else np.array([])
     shares = np.array([(points >= n).mean() for n in tokens], np.float64)
-    return Series(name=row.label, mid=shares)
+    return Series(name=line(row.label), mid=shares)
 
 
 def _layers(rows: Sequence[CandidateResult]) -> list[tuple[int, list[str]]]:
@@ -173,7 +176,10 @@ def _layers(rows: Sequence[CandidateResult]) -> list[tuple[int, list[str]]]:
             [
                 cell
                 for row in rows
-                for cell in (_decibels(row.layer_sqnr_db[layer].value), f"{row.router[layer].value:.2%}")
+                for cell in (
+                    _decibels(row.layer_sqnr_db[layer].value),
+                    words.SHARE.number(row.router[layer].value),
+                )
             ],
         )
         for layer in range(count)
@@ -181,7 +187,7 @@ def _layers(rows: Sequence[CandidateResult]) -> list[tuple[int, list[str]]]:
 
 
 def _decibels(value: float) -> str:
-    return "equal" if value == math.inf else f"{value:.2f}"
+    return "equal" if value == math.inf else "none" if math.isnan(value) else f"{value:.2f}"
 
 
 def _health(result: Evaluation) -> list[tuple[str, list[str] | str]]:

@@ -50,6 +50,7 @@ FIGURES: Mapping[str, Figure] = {
     "greedy": Figure("Greedy text in common", "Tokens until greedy text leaves the reference's.", False, 1),
 }  # fmt: skip
 """By their names in `CandidateResult`; greedy is `greedy["tokens"]`."""
+SHARE = Figure("", "", True, 1, percent=True)
 PERPLEXITY = Figure("Perplexity", "", True, 4)
 
 TESTED: Mapping[Metric, tuple[str, bool]] = {
@@ -112,14 +113,14 @@ def data(result: Evaluation) -> list[Row]:
     ]
 
 
-def outcome(pair: Pair) -> str:
-    """Which of two is better, if that is shown."""
+def outcome(pair: Pair, a: str = "a", b: str = "b") -> str:
+    """Which of two is better, if that is shown; under the names that they are given."""
     if math.isnan(pair.p):
         return "not a number"
     if pair.p >= SIGNIFICANT or pair.difference == 0:
         return "no difference shown"
     less = TESTED[pair.metric][1]
-    return f"{pair.a if (pair.difference < 0) == less else pair.b} is better"
+    return f"{a if (pair.difference < 0) == less else b} is better"
 
 
 def probability(p: float) -> str:
@@ -138,19 +139,22 @@ def greedy_cells(row: CandidateResult) -> tuple[str, str, str, str]:
     return f"{tokens} of {found['max_tokens']}", between, identical, f"by {found['compared_by']}"
 
 
-def health_cells(health: Mapping[str, Any] | None) -> list[str] | str:
-    """A cell for each of HEALTH; or one sentence, why there are none."""
+def health_shares(health: Mapping[str, Any] | None) -> list[tuple[str, str]] | str:
+    """(share, "low to high") for each of HEALTH; or one sentence, why there are none."""
     if health is None:
         return "no texts were asked for"
     if "not_measured" in health:
         return str(health["not_measured"])
-    return [_share(health.get(name)) for name in HEALTH]
+    estimates = (health.get(name) for name in HEALTH)
+    return [("no chat template", "") if e is None else SHARE.show(Estimate(**e)) for e in estimates]
 
 
-def _share(estimate: Mapping[str, float] | None) -> str:
-    if estimate is None:
-        return "no chat template"
-    return f"{estimate['value']:.1%} ({estimate['low']:.1%} to {estimate['high']:.1%})"
+def health_cells(health: Mapping[str, Any] | None) -> list[str] | str:
+    """The same, a cell for each."""
+    shares = health_shares(health)
+    if isinstance(shares, str):
+        return shares
+    return [f"{share} ({between})" if between else share for share, between in shares]
 
 
 def worst_layer(row: CandidateResult) -> str:
