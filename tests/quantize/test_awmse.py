@@ -1,29 +1,19 @@
-"""The recipe of least weighted error: the moments behind it, and the same bytes however the work is done."""
+"""The recipe of least weighted error: the moments behind it, and what verify can say of it."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import m27quant.calib.memory
-import m27quant.prepare
-from m27quant import dry_run, verify_checkpoint
-from m27quant.calib.memory import MemoryPlan, plan_memory
-from m27quant.calib.moments import Moments, moments_bytes
-from m27quant.checkpoint.config import parse_config
-from m27quant.distributed.join import LOOPBACK, Meeting, call
-from m27quant.errors import RecipeError, UsageError
+from m27quant import verify_checkpoint
+from m27quant.calib.moments import Moments
 from m27quant.kernels import nvfp4_pack
 from m27quant.kernels.nvfp4_pack.reference import encode, groups
-from m27quant.progress import Progress
 from m27quant.verify.findings import VerifyResult
 from tests.checkpoints import from_fp8, read_tensors
 from tests.faults.weights import read, write
@@ -32,14 +22,6 @@ from tests.quantize.models import SHAPES, Model, quantized, random_model, same_b
 RECIPE = "nvfp4_experts_only_awmse-fp8_kv"
 REPORT = "quantization_report.json"
 MODULE = "model.layers.1.block_sparse_moe.experts.2.w2"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_chunks() -> Any:
-    """About one row of tokens to a chunk, so that there are some to deal out."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(m27quant.calib.memory, "CHUNK_TOKENS", {"cpu": 40})
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +64,6 @@ def weight_of(model: Model, module: str = MODULE) -> torch.Tensor:
     return from_fp8(model.tensors[f"{module}.weight"], model.tensors[f"{module}.weight_scale_inv"])
 
 
-def assert_same_files(a: Path, b: Path) -> None:
-    names = {p.name for p in a.iterdir() if p.is_file()}
-    assert names == {p.name for p in b.iterdir() if p.is_file()}
-    assert [name for name in names if (a / name).read_bytes() != (b / name).read_bytes()] == []
-
-
 def test_only_block_scales_and_codes_are_others_than_by_mse(out: Path, by_mse: Path) -> None:
     one, two = read_tensors(by_mse), read_tensors(out)
     assert set(one) == set(two)
@@ -118,89 +94,6 @@ def test_the_report_says_what_was_gained(out: Path) -> None:
         for found in layer["weighted_error"].values():
             assert 0 < found["awmse"] < 0.85 * found["max"] < 0.05
     assert report(out)["recipe"]["algorithm"] == "awmse"
-
-
-@pytest.mark.parametrize(("rows_in_memory", "expert_group"), [(False, 1), (True, 3)])
-def test_memory_does_not_change_a_byte(
-    rows_in_memory: bool,
-    expert_group: int,
-    model: Model,
-    out: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def plan(*args: Any, **kwargs: Any) -> MemoryPlan:
-        found = plan_memory(*args, **kwargs)
-        return replace(found, rows_in_memory=rows_in_memory, expert_group=expert_group)
-
-    monkeypatch.setattr(m27quant.prepare, "plan_memory", plan)
-    assert_same_files(out, quantized(model, tmp_path / "out", recipe=RECIPE))
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_ranks_do_not_change_a_byte(size: int, model: Model, out: Path, tmp_path: Path) -> None:
-    meeting = Meeting()
-    target = tmp_path / "out"
-
-    def work(rank: int) -> None:
-        me = meeting.open(size, lambda: None) if not rank else call(
-            LOOPBACK, meeting.port, meeting.secret, rank, size
-        )  # fmt: skip
-        try:
-            quantized(model, target, recipe=RECIPE, ranks=me)
-        finally:
-            me.close()
-
-    model.write_rows(tmp_path / "rows.jsonl")
-    with ThreadPoolExecutor(size) as threads:
-        for done in [threads.submit(work, rank) for rank in range(size)]:
-            done.result(timeout=120)
-    assert threading.active_count() < 50
-    assert_same_files(out, target)
-
-
-@pytest.mark.parametrize(("stage", "after"), [("experts", 0.3), ("pack", 0.5)])
-def test_killed_and_resumed_gives_the_same_files(
-    stage: str, after: float, model: Model, out: Path, tmp_path: Path
-) -> None:
-    class Killed(Exception):
-        pass
-
-    def kill(progress: Progress) -> None:
-        if progress.layer == 1 and progress.stage == stage and progress.fraction > after:
-            raise Killed
-
-    again = tmp_path / "again"
-    with pytest.raises(Killed):
-        quantized(model, again, recipe=RECIPE, progress=kill)
-    with pytest.raises(UsageError):  # the journal is of another recipe
-        quantized(model, again, resume=True)
-    quantized(model, again, recipe=RECIPE, resume=True)
-    assert_same_files(out, again)
-
-
-def test_progress_never_goes_back(model: Model, tmp_path: Path) -> None:
-    seen: list[float] = []
-    quantized(model, tmp_path / "out", recipe=RECIPE, progress=lambda p: seen.append(p.fraction))
-    begun = seen.index(min(seen))
-    assert seen[begun:] == sorted(seen[begun:])
-
-
-def test_a_dry_run_counts_the_moments(model: Model, tmp_path: Path) -> None:
-    rows = model.write_rows(tmp_path / "rows.jsonl")
-    common: dict[str, Any] = {"dataset": [str(rows)], "num_samples": 7, "device": "cpu", "max_memory": 2**31}
-    plain = dry_run(str(model.folder), tmp_path / "out", **common)
-    weighted = dry_run(str(model.folder), tmp_path / "out", recipe=RECIPE, **common)
-    needed = moments_bytes(parse_config(model.raw_config), torch.device("cpu"))
-    assert weighted.peak_memory_bytes - plain.peak_memory_bytes == pytest.approx(needed, abs=2**24)
-    assert weighted.output_shard_bytes == plain.output_shard_bytes
-
-
-def test_what_the_moments_rule_out_is_refused(model: Model, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="needs every expert to see every token"):
-        quantized(model, tmp_path / "out", recipe=RECIPE, moe_calib="natural")
-    with pytest.raises(UsageError, match=r"which calibration\.json does not hold"):
-        quantized(model, tmp_path / "out", recipe=RECIPE, calibrate_only=True)
 
 
 # ---- verify ------------------------------------------------------------------------------------------------
