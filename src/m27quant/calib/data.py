@@ -115,7 +115,7 @@ def load_sequences(
             sequences += taken
     if not sequences:
         raise UsageError(
-            "the calibration data hold no usable row",
+            "the data hold no usable row",
             hint="pass --dataset FILE with `text`, `messages` or `input_ids`",
         )
     return _join(sequences, tuple(d.path for d in plan.datasets)), notices
