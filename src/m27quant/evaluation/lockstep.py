@@ -1,8 +1,9 @@
 """The pass over the text: reference and candidates go side by side, layer by layer, and are compared behind each one.
 
-In memory at a time: hidden states of all tokens of every model (4 bytes a token and hidden dimension each), twice
-as much again of the one that is computed, and one expert; so that it works where no model fits.  The reference is
-computed once for all candidates, weights of a candidate's expert are read once for all its precisions.
+In memory at a time: hidden states of all tokens of every candidate in every precision and of the reference (4 bytes
+a token and hidden dimension each), three times as much of the candidate that is computed, and one expert; so that it
+works where no model fits.  The reference is computed once for all candidates, weights of a candidate's expert are
+read once for all its precisions.
 
 Shapes: T tokens, D hidden, W windows, L layers.
 """

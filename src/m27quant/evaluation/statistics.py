@@ -21,6 +21,7 @@ LEVEL = 0.95
 MAX_FLIPS = 2**13
 """All ways to flip signs are tried where there are no more than this; else so many are drawn."""
 ROW_ELEMENTS = 2**22
+"""Of weights or signs that are in memory at a time."""
 
 Statistic = Callable[[torch.Tensor], torch.Tensor]
 """Weights of windows [R, W] -> the figure [R] of a text in which each window stands as often as its weight says."""
