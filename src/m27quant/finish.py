@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def _findings(records: Sequence[Mapping[str, Any]], dropped: Sequence[int]) -> l
     """What the work itself found noteworthy."""
     zero = [name for r in records for name in r["zero_range"]]
     dead = [name for r in records for name in r["dead"]]
-    found = []
+    found = [*_damped(records)]
     if dropped:
         found.append(f"{len(dropped)} calibration rows gave NaN or Inf and were dropped")
     if dead:
@@ -138,6 +138,24 @@ def _findings(records: Sequence[Mapping[str, Any]], dropped: Sequence[int]) -> l
             f"{len(zero)} ranges were zero and take the widest of their kind in the layer ({zero[0]} ...)"
         )
     return found
+
+
+def _damped(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Hessians that could be factorized with more damping only: their matrices are nearer to packing without them."""
+    factors = [
+        (damping, attempts, layer, place)
+        for layer, record in enumerate(records)
+        for kind, of in record.get("hessians", {}).items()
+        for expert, (damping, attempts) in enumerate(zip(of["damping"], of["attempts"], strict=True))
+        for place in [f"expert {expert}, w2" if kind == "w2" else "w1 and w3 of all experts"]
+    ]
+    more = [factor for factor in factors if factor[1] > 1]
+    if more:
+        damping, _, layer, place = max(more, key=lambda factor: factor[0])
+        yield (
+            f"{len(more)} of {len(factors)} Hessians took more damping than the first; most, {damping:g} of the mean "
+            f"diagonal: layer {layer}, {place}"
+        )
 
 
 def _index(plan: Plan, finals: Sequence[str]) -> bytes:

@@ -9,28 +9,23 @@ import signal
 import socket
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.faults.conftest import Case
 from tests.faults.harness import (
     KILLED,
-    Finished,
-    Process,
+    SMALL_CHUNKS,
     Program,
-    Setup,
+    launch,
     passes_for_a_checkpoint,
+    together,
     tree,
     units_done,
     until,
     visible,
 )
 
-SMALL_CHUNKS = ("set_attribute", "m27quant.calib.memory.CHUNK_TOKENS", {"cpu": 40})
-"""One row of the case to a chunk: six to deal out."""
-PATIENCE = ("set_attribute", "m27quant.distributed.join.JOIN_S", 10)
-"""Seconds to wait for ranks that were killed before they came: nobody launched these who would tell."""
 SLOW = ("slowly", 0.05)
 
 
@@ -40,40 +35,6 @@ def expected(program: Program, case: Case, fast_folder: Path) -> dict[str, str]:
     out = fast_folder / "in-small-chunks"
     assert program.run(*case.argv(out), setup=[SMALL_CHUNKS]).code == 0
     return tree(out)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def launch(
-    program: Program,
-    argv: tuple[str, ...],
-    size: int,
-    *,
-    setup: list[Setup] | None = None,
-    only: dict[int, dict[str, Any]] | None = None,
-) -> list[Process]:
-    """Begin `size` ranks as a launcher does; `only` has further arguments of `start` for some ranks."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-    processes = []
-    for rank in range(size):
-        extra = dict((only or {}).get(rank, {}))
-        env: dict[str, str | None] = {
-            **common,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(size),
-        }
-        env |= extra.pop("env", {})
-        more = [SMALL_CHUNKS, PATIENCE, *(setup or []), *extra.pop("setup", [])]
-        processes.append(program.start(*argv, *extra.pop("argv", ()), env=env, setup=more))
-    return processes
-
-
-def together(program: Program, argv: tuple[str, ...], size: int, **options: Any) -> list[Finished]:
-    return [process.wait() for process in launch(program, argv, size, **options)]
 
 
 def resumes(program: Program, case: Case, out: Path, size: int, expected: dict[str, str]) -> None:

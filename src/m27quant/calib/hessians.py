@@ -28,7 +28,7 @@ from m27quant.calib.gram import Gram, gram_bytes, num_sums, piece_bytes, symmetr
 from m27quant.calib.moments import SMOOTHING_TOKENS
 from m27quant.checkpoint.buffers import byte_view
 from m27quant.checkpoint.config import M2Config
-from m27quant.checkpoint.durable import pwrite_all, raise_for_os_error
+from m27quant.checkpoint.durable import fault_point, pwrite_all, raise_for_os_error
 from m27quant.checkpoint.header import pread_exactly
 from m27quant.errors import escape
 from m27quant.kernels.nvfp4_gptq import Factor, factorize
@@ -70,14 +70,16 @@ class Hessians:
         """These have seen all tokens: to the file with their sums.  Who had no token has zeros there."""
         for expert in experts:
             gram = self._open.pop(expert, None)
-            if gram is not None:
-                sums = gram.whole().cpu()
-                try:
-                    pwrite_all(self._fd, byte_view(sums), expert * sums.nbytes)
-                except OSError as fault:
-                    raise_for_os_error(fault, self._path)
-                gram.clear()
-                self._spare.append(gram)
+            if gram is None:
+                continue
+            sums = gram.whole().cpu()
+            try:
+                pwrite_all(self._fd, byte_view(sums), expert * sums.nbytes)
+                fault_point("hessians-spilled")
+            except OSError as fault:
+                raise_for_os_error(fault, self._path)
+            gram.clear()
+            self._spare.append(gram)
 
     def finish(self) -> torch.Tensor:
         """All experts are done: the file is for others to read, memory goes back; the whole sums of the MoE's input."""
