@@ -3,10 +3,10 @@
     python benchmarks/quality.py [--save] [--blocks 10000000] [--threads 1] [--rounds 9]
 
 First every block's scale by `mse` is compared with all 126 in F64 (quality_blocks.py), `--blocks` blocks in all; a run
-with an exception prints no figures.  Then error and time of each method on tiny-m27's experts and on rows of a matrix of
-M2.7's width (quality_inputs.py), in turns, and the time of whole matrices.  Times are the processor's, of all threads,
-which other work on the machine hardly changes.  Four-over-Six (arXiv 2512.02010) is plain torch and its time no measure
-of it.  `--save` writes results/quality-DATE-THREADSt.{json,md}.
+with an exception prints no figures.  Then error and time of each method on tiny-m27's experts and on rows of a matrix
+of M2.7's width (quality_inputs.py), in turns, and the time of whole matrices.  Times are the processor's, of all
+threads, which other work on the machine hardly changes.  Four-over-Six (arXiv 2512.02010) is plain torch and its time
+no measure of it.  `--save` writes results/quality-DATE-THREADSt.{json,md}.
 """
 
 from __future__ import annotations
