@@ -50,6 +50,15 @@ def test_intervals_know_that_tokens_of_a_window_go_together() -> None:
     assert of_tokens.high - of_tokens.low == pytest.approx(expected, rel=0.15)
 
 
+def test_one_window_that_holds_all_of_it() -> None:
+    """The most skewed text there is: the interval reaches up to what the draws give, never below the figure."""
+    sums_W = torch.zeros(6, dtype=torch.float64)
+    sums_W[2] = 60
+    found = S.Bootstrap(6).estimate(S.mean_of(sums_W, ones(6)))
+    assert found.value == 10
+    assert 0 <= found.low <= 10 < found.high <= 60
+
+
 def test_figures_weigh_tokens_and_not_windows() -> None:
     bootstrap = S.Bootstrap(2)
     assert bootstrap.estimate(

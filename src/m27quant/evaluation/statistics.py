@@ -94,7 +94,8 @@ class Bootstrap:
         acceleration, z = self._acceleration(statistic), _z_of(self.num_windows)
         ends = []
         for side in (-z, z):
-            share = NormalDist().cdf(bias + (bias + side) / (1 - acceleration * (bias + side)))
+            slower = max(1 - acceleration * (bias + side), 1e-6)  # at 0 the end is the last draw of all
+            share = NormalDist().cdf(bias + (bias + side) / slower)
             ends.append(float(drawn_R[min(max(math.ceil(share * count) - 1, 0), count - 1)]))
         return Estimate(value, min(ends), max(ends))
 
