@@ -29,9 +29,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def quantize(model: Path, out: Path, budget: str) -> Watched:
+def quantize(model: Path, out: Path, budget: str, *options: str) -> Watched:
     rows = model.parent / "rows.jsonl"
-    command = ["quantize", str(model), str(out), "--dataset", str(rows), "--device", "cpu"]
+    command = ["quantize", str(model), str(out), "--dataset", str(rows), "--device", "cpu", *options]
     # one thread: tests run side by side
     return watch(
         [sys.executable, "-m", "m27quant", *command, "--max-memory", budget, "--json", "--no-progress"],
@@ -66,3 +66,13 @@ def test_too_little_is_refused_and_what_is_asked_for_suffices(model: Path, tmp_p
 
     shards = [json.loads(run.stdout)["shards"] for run in (tight, ample)]
     assert shards[0] == shards[1], "a budget decides where rows are kept, never what comes out"
+
+
+@pytest.mark.parametrize("method", ["mse", "awmse", "gptq"])
+def test_recipes_that_search_keep_it_too(method: str, model: Path, tmp_path: Path) -> None:
+    """Where as little is to be had as the plan asks for: what statistics and factors take is in it."""
+    recipe = ("--recipe", f"nvfp4_experts_only_{method}-fp8_kv", "--num-samples", "4")
+    run = quantize(model, tmp_path / "out", "0.7GiB", *recipe)
+    assert run.returncode == 0, run.stderr
+    expected = int(planned(tmp_path / "out").partition("peak_bytes=")[2].partition(",")[0])
+    assert run.peak_tree_bytes <= expected <= parse_size("0.7GiB")

@@ -31,10 +31,12 @@ from m27quant.checkpoint.config import M2Config
 from m27quant.checkpoint.durable import fault_point, pwrite_all, raise_for_os_error
 from m27quant.checkpoint.header import pread_exactly
 from m27quant.errors import escape
+from m27quant.kernels.dispatch import choose
 from m27quant.kernels.nvfp4_gptq import Factor, factorize
 
-FACTORIZING = 8
-"""Matrices in F64 beside each other while one is factorized."""
+FACTORIZING = {"cpu-native": 4}
+OTHERWISE_FACTORIZING = 8
+"""Matrices in F64 beside each other while one is factorized, by the backend that does it."""
 
 
 class Hessians:
@@ -167,5 +169,6 @@ def hessian_bytes(config: M2Config, device: torch.device) -> tuple[int, int]:
     """What calibration and packing take at most beside everything else; of it for each expert of a group."""
     D, I = config.hidden_size, config.intermediate_size  # noqa: E741
     calibrating = gram_bytes(D) + piece_bytes(max(D, I), device)
-    packing = 8 * max(FACTORIZING * D * D, D * D + FACTORIZING * I * I)
+    beside = FACTORIZING.get(choose("nvfp4_gptq", device).backend, OTHERWISE_FACTORIZING)
+    packing = 8 * max(beside * D * D, D * D + beside * I * I)
     return max(calibrating, packing), gram_bytes(I)
