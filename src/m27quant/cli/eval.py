@@ -17,6 +17,7 @@ from m27quant.errors import FindingsError, UsageError, escape
 
 DATA = "Data"
 TEXTS = "Texts"
+TASKS = "Standard tasks"
 LIMITS = "Limits, for CI"
 
 Candidates = Annotated[
@@ -69,6 +70,47 @@ NumPrompts = Annotated[
     ),
 ]  # fmt: skip
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Of each text.", rich_help_panel=TEXTS)]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks", metavar="NAME,...", help="Of lm-eval, such as gsm8k; needs pip install 'm27quant[eval]'.",
+        show_default=False, rich_help_panel=TASKS,
+    ),
+]  # fmt: skip
+NumFewshot = Annotated[
+    int | None,
+    typer.Option(
+        "--num-fewshot", min=0, help="Examples before a question; the task's own number where not given.",
+        show_default=False, rich_help_panel=TASKS,
+    ),
+]  # fmt: skip
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", min=1, help="Questions of each task; all where not given.",
+        show_default=False, rich_help_panel=TASKS,
+    ),
+]  # fmt: skip
+ApplyChatTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--apply-chat-template", help="Ask as in a chat, under the model's template.", rich_help_panel=TASKS
+    ),
+]
+IncludePath = Annotated[
+    Path | None,
+    typer.Option(
+        "--include-path", metavar="FOLDER", help="With tasks of your own.", show_default=False, rich_help_panel=TASKS
+    ),
+]  # fmt: skip
+BaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--base-url", metavar="URL",
+        help="Ask this server, which has the only candidate, instead of the builtin one; key: OPENAI_API_KEY.",
+        show_default=False, rich_help_panel=TASKS,
+    ),
+]  # fmt: skip
 OutputFile = Annotated[
     Path | None,
     typer.Option(
@@ -126,6 +168,12 @@ def eval_(
     device: shared.Device = "auto",
     num_prompts: NumPrompts = 32,
     max_tokens: MaxTokens = 64,
+    tasks: Tasks = None,
+    num_fewshot: NumFewshot = None,
+    limit: Limit = None,
+    apply_chat_template: ApplyChatTemplate = False,
+    include_path: IncludePath = None,
+    base_url: BaseUrl = None,
     max_memory: shared.MaxMemory = None,
     max_kl: MaxKl = None,
     min_top1: MinTop1 = None,
@@ -152,6 +200,8 @@ def eval_(
       m27quant eval ./m27-nvfp4 --reference ./m27 --dataset rows.jsonl --activations nvfp4,bf16 --json
 
       m27quant eval ./m27-nvfp4 --reference ./m27 --dataset heldout.txt --max-kl 0.05 --min-top1 0.9
+
+      m27quant eval ./m27-nvfp4 --reference ./m27 --dataset heldout.txt --tasks gsm8k --limit 200
     """
     output = Output.open(json=json, quiet=quiet, verbose=verbose)
     # Read when torch's thread pool is loaded: threads that spin at barriers make a shared machine crawl.
@@ -160,6 +210,16 @@ def eval_(
     from m27quant.evaluation.limits import Limits
     from m27quant.evaluation.run import evaluate
 
+    asked = None
+    if tasks is not None:
+        from m27quant.evaluation.tasks import TaskOptions
+
+        asked = TaskOptions(
+            tasks=tuple(dict.fromkeys(tasks.split(","))), num_fewshot=num_fewshot, limit=limit,
+            apply_chat_template=apply_chat_template, include_path=include_path,
+        )  # fmt: skip
+    elif base_url is not None:
+        raise UsageError("--base-url is asked for tasks alone", hint="add --tasks, such as --tasks gsm8k")
     folders = _with_cards(candidates) if write_card else []
     if output_file is not None:
         if not overwrite:
@@ -171,8 +231,8 @@ def eval_(
             activations=_modes("--activations", activations, ("auto", "nvfp4", "bf16")),
             kv_cache_dtypes=_modes("--kv-cache-dtype", kv_cache_dtype, ("auto", "fp8", "bf16")),
             seed=seed, limits=Limits(max_kl=max_kl, min_top1=min_top1, max_ppl_ratio=max_ppl_ratio),
-            num_prompts=num_prompts, max_tokens=max_tokens, device=device, max_memory=max_memory,
-            offline=offline, token=token.reveal() if token else None,
+            num_prompts=num_prompts, max_tokens=max_tokens, tasks=asked, base_url=base_url,
+            device=device, max_memory=max_memory, offline=offline, token=token.reveal() if token else None,
             say=output.status, progress=progress, stop=interrupted,
         )  # fmt: skip
     if output_file is not None:

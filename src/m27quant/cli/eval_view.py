@@ -22,6 +22,10 @@ def human(result: Evaluation) -> Group:
     parts += ["", grid(heads, layers)]
     if result.reference_health is not None:
         parts += ["", *_texts(result)]
+    heads_of_tasks, of_tasks = words.task_rows(result)
+    if of_tasks:
+        parts += ["", grid(heads_of_tasks, of_tasks)]
+    parts += [Text(clean(reason)) for reason in words.untold_tasks(result)]
     if result.pairs:
         tests = [
             (

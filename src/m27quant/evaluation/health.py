@@ -53,8 +53,12 @@ def _ratio(signs_N: torch.Tensor, places_N: torch.Tensor) -> Statistic:
 
 
 def share_of(flags: Sequence[bool]) -> Estimate:
-    """The share that is true, with Wilson's 95 % interval (JASA 1927), which is right for few and at 0 and 1, too."""
-    n, true = len(flags), sum(flags)
+    """The share that is true, with Wilson's interval."""
+    return wilson(sum(flags), len(flags))
+
+
+def wilson(true: int, n: int) -> Estimate:
+    """The share true / n, with Wilson's 95 % interval (JASA 1927), which is right for few and at 0 and 1, too."""
     share, scale = true / n, 1 + Z * Z / n
     middle = (share + Z * Z / (2 * n)) / scale
     half = Z / scale * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))

@@ -71,6 +71,8 @@ class CandidateResult:
     """How long greedy text stays the reference's; None where it was not measured."""
     health: Mapping[str, Any] | None = None
     """Of generated texts; None where nothing was generated."""
+    tasks: Mapping[str, Any] | None = None
+    """lm-eval's figures by task; None where none was asked for."""
 
     @property
     def name(self) -> str:
@@ -101,6 +103,7 @@ class CandidateResult:
             "layer_sqnr_db": [layer.to_json() for layer in self.layer_sqnr_db],
             "greedy": None if self.greedy is None else dict(self.greedy),
             "health": None if self.health is None else dict(self.health),
+            "tasks": None if self.tasks is None else dict(self.tasks),
         }
 
 
@@ -142,6 +145,8 @@ class Evaluation:
     pairs: tuple[Pair, ...]
     reference_health: Mapping[str, Any] | None = None
     """Of the reference's generated texts; None where nothing was generated."""
+    reference_tasks: Mapping[str, Any] | None = None
+    """lm-eval's figures of the reference; None where none was asked for, or of another server alone."""
     failures: tuple[str, ...] = field(default=())
     """What is beyond the limits that were asked for, or not a number, one line each; empty where nothing is."""
 
@@ -163,6 +168,7 @@ class Evaluation:
                 "checkpoint": self.reference,
                 "perplexity": self.reference_perplexity.to_json(),
                 "health": None if self.reference_health is None else dict(self.reference_health),
+                "tasks": None if self.reference_tasks is None else dict(self.reference_tasks),
             },
             "data": {
                 "dataset": list(self.dataset),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from m27quant.evaluation.lockstep import Measured, measure
 from m27quant.evaluation.measures import Measures
 from m27quant.evaluation.models import Model, labels, open_candidate, open_reference
 from m27quant.evaluation.result import TOP, Evaluation
+from m27quant.evaluation.serving import check_server, measure_tasks
+from m27quant.evaluation.tasks import TaskOptions, plan_tasks
 from m27quant.evaluation.texts import Row, Texts, measure_texts
 from m27quant.evaluation.writing import make_prompts
 from m27quant.progress import Progress, ProgressCallback, ignore
@@ -36,6 +39,8 @@ def evaluate(
     seed: int = 0,
     num_prompts: int = 32,
     max_tokens: int = 64,
+    tasks: TaskOptions | None = None,
+    base_url: str | None = None,
     limits: Limits | None = None,
     device: str = "auto",
     max_memory: int | None = None,
@@ -60,6 +65,8 @@ def evaluate(
         seed: of the draws that intervals and tests are made from; other than 0 it also shuffles the rows.
         num_prompts: beginnings of windows behind which every model that fits into memory writes; 0: no texts.
         max_tokens: of each text.
+        tasks: of lm-eval, through the builtin server for each model that fits into memory; None: none.
+        base_url: of a server in OpenAI's form that has the only candidate, for the tasks.
         limits: what may be found at most; what is beyond is in the result's `failures`.
         device: auto, cpu, cuda or cuda:INDEX.
         max_memory: bytes to stay within while a model writes; None: most of what is free.
@@ -76,6 +83,8 @@ def evaluate(
     """
     names = [str(candidates)] if isinstance(candidates, str | Path) else [str(name) for name in candidates]
     _check_names(names)
+    if num_prompts < 0 or max_tokens < 1:
+        raise UsageError(f"num_prompts {num_prompts}, max_tokens {max_tokens}: at least 0 and 1")
     limits, where = limits or Limits(), pick_device(device)
     with ExitStack() as opened:
         first = open_reference(str(reference), locate(str(reference), offline=offline, token=token))
@@ -86,6 +95,10 @@ def evaluate(
             model = open_candidate(name, location, first, activations, kv_cache_dtypes)
             opened.enter_context(model.source)
             models.append(model)
+        plan = None
+        if tasks is not None:
+            plan = plan_tasks(tasks, echoes=base_url is not None)
+            check_server(base_url, models)
         sequences, windows = read_windows(
             str(dataset), first, num_samples, seq_len, seed=seed, offline=offline, token=token, say=say
         )
@@ -97,6 +110,11 @@ def evaluate(
             first, models, windows, num_prompts, max_tokens,
             seed=seed, device=where, max_memory=max_memory, progress=progress, stop=stop,
         )  # fmt: skip
+        reference_tasks, row_tasks = None, None
+        if plan is not None:
+            reference_tasks, row_tasks = measure_tasks(
+                first, models, plan, base_url=base_url, device=where, max_memory=max_memory, stop=stop
+            )
     measures = Measures(measured, seed)
     modes = [(model, precision) for model in models for precision in model.precisions]
     rows = tuple(
@@ -107,6 +125,8 @@ def evaluate(
     if texts is not None:
         rows = texts.beside(rows)
         pairs += texts.pairs
+    if row_tasks is not None:
+        rows = tuple(replace(row, tasks=found) for row, found in zip(rows, row_tasks, strict=True))
     num_tokens = sum(len(ids) for ids in windows)
     return Evaluation(
         reference=str(reference),
@@ -120,6 +140,7 @@ def evaluate(
         candidates=rows,
         pairs=pairs,
         reference_health=None if texts is None else texts.reference_health,
+        reference_tasks=reference_tasks,
         failures=tuple(failures(rows, limits, num_tokens)),
     )
 
@@ -138,8 +159,6 @@ def _texts(
     *, seed: int, device: torch.device, max_memory: int | None, progress: ProgressCallback, stop: Callable[[], None],
 ) -> Texts | None:  # fmt: skip
     """What the models write behind the windows' beginnings; None where no text was asked for."""
-    if num_prompts < 0 or max_tokens < 1:
-        raise UsageError(f"num_prompts {num_prompts}, max_tokens {max_tokens}: at least 0 and 1")
     if num_prompts == 0:
         return None
     folder = reference.source.folder

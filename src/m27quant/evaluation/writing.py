@@ -14,7 +14,7 @@ import torch
 
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.tokenizer import Tokenizer
-from m27quant.errors import EnvironmentFault, UsageError
+from m27quant.errors import EnvironmentFault
 from m27quant.evaluation.tool_prompts import ASKED, TOOLS
 from m27quant.runtime.api import LLM, GenerateResult
 from m27quant.runtime.chat import chat_prompt
@@ -109,7 +109,6 @@ def write(
 
     Raises:
         CheckpointError: a weight that cannot be computed with.
-        UsageError: a prompt that is too long for the model.
     """
     dtype: Literal["float32", "bfloat16"] = "float32" if device.type == "cpu" else "bfloat16"
     activations = precision.activations if precision else "auto"
@@ -123,7 +122,11 @@ def write(
     except EnvironmentFault as fault:
         return Unwritten(fault.message)
     try:
-        return Written(tuple(prompts), _answers(llm, prompts, max_tokens, stop))
+        answers = _answers(llm, prompts, max_tokens, stop)
+        failed = next((answer for answer in answers if answer.error is not None), None)
+        if failed is not None:
+            return Unwritten(f"prompt {failed.index}: {failed.error}")
+        return Written(tuple(prompts), answers)
     finally:
         del llm
         gc.collect()  # the next model wants the room
@@ -152,7 +155,4 @@ def _answers(
         stop()
         if event.result is not None:
             found[event.index] = event.result
-    failed = next((result for result in found.values() if result.error is not None), None)
-    if failed is not None:
-        raise UsageError(f"prompt {failed.index}: {failed.error}", hint="take fewer tokens behind prompts")
     return tuple(found[index] for index in range(len(prompts)))

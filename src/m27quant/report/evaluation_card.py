@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,11 @@ def section(result: Evaluation) -> str:
     ]
     if result.reference_health is not None:
         parts += [_texts(result)]
+    heads, of_tasks = words.task_rows(replace(result, reference_tasks=None))
+    if of_tasks:
+        modes = {row.label: row.mode for row in result.candidates}
+        cells = [[escape_markdown(name), *figures] for name, *figures in of_tasks]
+        parts += ["By lm-eval:", _table(["task", *(modes[label] for label in heads[1:])], cells)]
     parts.append(
         f"Measured by `m27quant eval` {m27quant.__version__}; SHA-256 of the tokens {result.digest[:16]}."
     )

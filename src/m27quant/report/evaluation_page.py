@@ -70,6 +70,8 @@ def render(result: Evaluation) -> str:
         health_names=[*HEALTH.values()],
         health=_health(result),
         greedy=[(row.label, *words.greedy_cells(row)) for row in rows],
+        tasks=words.task_rows(result),
+        untold=words.untold_tasks(result),
         data=words.data(result),
     )
 

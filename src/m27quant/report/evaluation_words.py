@@ -50,6 +50,7 @@ FIGURES: Mapping[str, Figure] = {
     "greedy": Figure("Greedy text in common", "Tokens until greedy text leaves the reference's.", False, 1),
 }  # fmt: skip
 """By their names in `CandidateResult`; greedy is `greedy["tokens"]`."""
+TASK = Figure("", "", False, 4)
 SHARE = Figure("", "", True, 1, percent=True)
 PERPLEXITY = Figure("Perplexity", "", True, 4)
 
@@ -155,6 +156,58 @@ def health_cells(health: Mapping[str, Any] | None) -> list[str] | str:
     if isinstance(shares, str):
         return shares
     return [f"{share} ({between})" if between else share for share, between in shares]
+
+
+def task_names(result: Evaluation) -> list[tuple[str, str]]:
+    """(task, metric) of all models, in lm-eval's order."""
+    told = [result.reference_tasks, *(row.tasks for row in result.candidates)]
+    found = {
+        (task, metric): None
+        for tasks in told
+        if tasks is not None and "not_measured" not in tasks
+        for task, figures in tasks.items()
+        for metric in figures["metrics"]
+    }
+    return [*found]
+
+
+def task_cell(tasks: Mapping[str, Any] | None, task: str, metric: str) -> str:
+    """A figure with its interval; nothing where it was not measured."""
+    if tasks is None or "not_measured" in tasks or task not in tasks:
+        return ""
+    estimate = tasks[task]["metrics"].get(metric)
+    return "" if estimate is None else "{} ({})".format(*TASK.show(Estimate(**estimate)))
+
+
+def task_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """(head, rows): a row for each task and metric, a column for each model that was asked; empty without tasks."""
+    asked = [(base_name(result.reference), result.reference_tasks)]
+    asked += [(row.label, row.tasks) for row in result.candidates]
+    asked = [(name, tasks) for name, tasks in asked if tasks is not None]
+    rows = [
+        [
+            f"{task}: {metric.partition(',')[0]}" + _filter(metric),
+            *(task_cell(tasks, task, metric) for _, tasks in asked),
+        ]
+        for task, metric in task_names(result)
+    ]
+    return ["task", *(name for name, _ in asked)], rows
+
+
+def untold_tasks(result: Evaluation) -> list[str]:
+    """Why models were not asked."""
+    asked = [(base_name(result.reference), result.reference_tasks)]
+    asked += [(row.label, row.tasks) for row in result.candidates]
+    return [
+        f"{name}: no tasks: {tasks['not_measured']}"
+        for name, tasks in asked
+        if tasks is not None and "not_measured" in tasks
+    ]
+
+
+def _filter(metric: str) -> str:
+    filtered = metric.partition(",")[2]
+    return "" if filtered in ("", "none") else f" ({filtered})"
 
 
 def worst_layer(row: CandidateResult) -> str:

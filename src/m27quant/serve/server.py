@@ -56,7 +56,7 @@ def serve(
         M27Error: as `m27quant.load`.
     """
     server = server or ServerOptions()
-    _require()
+    require_extra()
     with contextlib.closing(_bind(server)) as listener:
         if not server.is_loopback and server.api_key is None:
             say(f"anybody who reaches {escape(server.host)} can use this server: set an API key")
@@ -72,7 +72,8 @@ def serve(
     return 0
 
 
-def _require() -> None:
+def require_extra() -> None:
+    """Raise `EnvironmentFault` where the extra `serve` is not installed."""
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
         raise EnvironmentFault(
