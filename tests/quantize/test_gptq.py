@@ -15,6 +15,8 @@ from m27quant import verify_checkpoint
 from m27quant.calib.hessians import LayerHessians
 from m27quant.kernels import nvfp4_gptq, nvfp4_pack
 from m27quant.kernels.nvfp4_gptq import Factor, factorize
+from m27quant.report.page_words import made
+from m27quant.report.recorded import read_recorded
 from m27quant.verify.findings import VerifyResult
 from tests.checkpoints import from_fp8, read_tensors
 from tests.faults.weights import read, write
@@ -116,6 +118,18 @@ def test_the_report_says_what_was_gained(out: Path) -> None:
             limit = 0.75 if (number, projection) != (SINGULAR[0], "w2") else 1.0
             assert 0 < found["gptq"] < limit * found["max"] < 0.02
     assert report(out)["recipe"]["algorithm"] == "gptq"
+
+
+def test_card_and_page_say_what_was_gained(out: Path, by_mse: Path) -> None:
+    recorded, _ = read_recorded(out)
+    rows = dict(made(recorded))
+    shares = report(out)["summary"]["output_error_of_maxima"]
+    said = f"w1 {shares['w1']:.2f}, w2 {shares['w2']:.2f}, w3 {shares['w3']:.2f} of that with scales from block maxima"
+    assert rows["Error of outputs"] == said
+    assert f"| {said} |" in (out / "README.md").read_text()
+    assert "Error of" not in (by_mse / "README.md").read_text()
+    other, _ = read_recorded(by_mse)
+    assert "Error of outputs" not in dict(made(other))
 
 
 def test_more_damping_than_the_first_is_said(out: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from m27quant.report.evaluation_words import FIGURES
 from m27quant.report.measured import Measured
+from m27quant.report.quantization import output_gain
 from m27quant.report.recorded import PROJECTIONS, Recorded, quality, routed
 from m27quant.report.text import details, plural, size
 from m27quant.verify.findings import Finding, VerifyResult
@@ -68,6 +69,8 @@ def made(recorded: Recorded | None) -> list[tuple[str, str]]:
     c, source = recorded.calibration, recorded.source
     commit = f" at {source.commit}" if source.commit else ""
     full = c.moe_calib == "full"
+    gained = output_gain([{p: e.model_dump() for p, e in r.output_error.items()} for r in recorded.layers])
+    shares = ", ".join(f"{projection} {share:.2f}" for projection, share in gained.items())
     return [
         ("Source", (source.repo_id or source.name) + commit),
         ("Recipe", recorded.recipe.name),
@@ -81,6 +84,7 @@ def made(recorded: Recorded | None) -> list[tuple[str, str]]:
             "every expert saw every token" if full else "natural routing, shared by a layer's experts",
         ),
         ("Rows dropped", f"{len(c.dropped_rows):,}"),
+        *([("Error of outputs", f"{shares} of that with scales from block maxima")] if gained else []),
     ]
 
 

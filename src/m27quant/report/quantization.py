@@ -86,7 +86,19 @@ def summarize(records: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) ->
         "non_finite_activations": sum(r["non_finite_activations"] for r in records),
         "zero_ranges": [name for r in records for name in r["zero_range"]],
     }
+    if gained := output_gain([r["output_error"] for r in records if "output_error" in r]):
+        summary["output_error_of_maxima"] = gained
     return summary
+
+
+def output_gain(errors: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Of each projection the error of outputs relative to that under block maxima, on average over layers."""
+    found = {}
+    for projection in PROJECTIONS:
+        shares = [of["gptq"] / of["max"] for e in errors if (of := e.get(projection)) and of.get("max")]
+        if shares:
+            found[projection] = round(statistics.fmean(shares), 4)
+    return found
 
 
 def sqnr_entry(entry: tuple[float, int, str, int]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ Decibel = Annotated[float, Field(ge=-1e3, le=1e3)]
 Scale = Annotated[float, Field(ge=0, le=3.5e38)]
 Texts = Annotated[list[Text], Field(max_length=MAX_LIST)]
 Scales = Annotated[list[Scale], Field(max_length=MAX_LIST)]
+Projection = Literal["w1", "w2", "w3"]
 Counts = Annotated[list[Count], Field(max_length=MAX_LIST)]
 
 
@@ -91,6 +92,13 @@ class Quality(_Part):
     w3: Annotated[list[Decibel | None], Field(max_length=MAX_LIST)]
 
 
+class OutputError(_Part):
+    """The error of a projection's outputs, over their size: with error feedback, and under block maxima."""
+
+    gptq: Scale
+    max: Scale
+
+
 class Layer(_Part):
     """One decoder layer's figures."""
 
@@ -107,6 +115,7 @@ class Layer(_Part):
     saturated_groups: Count = 0
     zero_groups: Count = 0
     tiny_groups: Count = 0
+    output_error: Annotated[dict[Projection, OutputError], Field(max_length=3)] = {}
 
     @property
     def num_experts(self) -> int:
