@@ -283,9 +283,11 @@ def test_it_tells_how_far_it_is_and_can_be_stopped(files: Files) -> None:
 
     with pytest.raises(Interrupted):
         run(files, files.max, progress=told.append, stop=stop)
-    expected = [i / 24 for i in range(13)]  # two layers of two models with six experts, half of it
+    expected = [
+        i / 36 for i in range(19)
+    ]  # two layers of two models with six experts, and logits: half of it
     assert [p.fraction for p in told] == pytest.approx(expected)
-    assert [p.layer for p in told] == [0] * 12 + [1]
+    assert [p.layer for p in told] == [0] * 12 + [1] * 7
 
 
 @pytest.mark.gpu

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from m27quant import evaluate
 from m27quant.evaluation import texts
 from m27quant.evaluation.health import share_of, text_health
 from m27quant.evaluation.statistics import sign_flip_p
 from m27quant.evaluation.texts import Row, measure_texts
 from m27quant.evaluation.tool_prompts import TOOLS
 from m27quant.evaluation.writing import Prompt, Unwritten, Written, make_prompts, write
+from m27quant.report.evaluation_page import render
 from m27quant.runtime.api import GenerateResult
-from tests.evaluation.conftest import CPU, PLAIN, Models
+from tests.evaluation.conftest import CPU, PLAIN, Files, Models
+from tests.evaluation.test_evaluate import broken
 
 TOKENS = 10
 
@@ -102,3 +106,18 @@ def test_one_that_does_not_fit_changes_nothing(models: Models, monkeypatch: pyte
     assert none.greedy[1] == {"not_measured": "needs more memory"}
     assert none.greedy[0]["compared_by"] == "candidate's text"
     assert none.pairs == ()
+
+
+def test_a_candidate_that_computes_nan_is_no_end(files: Files, tmp_path: Path) -> None:
+    result = evaluate(
+        broken(files, tmp_path), reference=files.reference, dataset=files.rows, num_samples=3, num_prompts=3,
+        max_tokens=4, device="cpu", activations=["bf16"],
+    )  # fmt: skip
+    (row,) = result.candidates
+    assert row.non_finite
+    assert row.greedy is not None
+    assert row.health is not None
+    assert result.reference_health is not None
+    assert "num_texts" in result.reference_health
+    assert not result.ok
+    render(result)

@@ -72,14 +72,19 @@ def measure(
         for at, group in enumerate(groups):
             for expert in group.layer(layer):
                 stop()
-                done = (layer + (at + expert / num_experts) / len(groups)) / num_layers
+                done = (layer + (at + expert / num_experts) / len(groups)) / (num_layers + 1)
                 progress(Progress(stage="evaluate", fraction=done, layer=layer, num_layers=num_layers))
         signal_LW.append(_per_window(first, lambda theirs, _: theirs.x.double().square().sum(-1)))
         for row, ours in enumerate(others):
             same_RLW[row].append(_per_window(first, _same_experts, ours))
             noise_RLW[row].append(_per_window(first, _noise, ours))
-    scores = _scores([first, *others], _heads(groups), windows, num_likeliest)
-    progress(Progress(stage="evaluate", fraction=1.0, layer=num_layers, num_layers=num_layers))
+
+    def tell(share: float) -> None:  # logits take about as long as a layer
+        stop()
+        progress(Progress(stage="logits", fraction=(num_layers + share) / (num_layers + 1)))
+
+    scores = _scores([first, *others], _heads(groups), windows, num_likeliest, tell)
+    tell(1.0)
     rows = [
         RowSums(own, torch.stack(same), torch.stack(noise))
         for own, same, noise in zip(scores[1:], same_RLW, noise_RLW, strict=True)
@@ -145,11 +150,13 @@ def _scores(
     heads: Sequence[Head],
     windows: Sequence[torch.Tensor],
     num_likeliest: int,
+    tell: Callable[[float], None],
 ) -> list[TokenScores]:
     """Of each model; no token is predicted across the border of windows."""
     targets_T = torch.cat([torch.cat((ids[1:], ids.new_tensor([-1]))) for ids in windows])
     parts, begin = [], 0
     for batches in zip(*(model.batches for model in models), strict=True):
+        tell(begin / len(targets_T))
         end = begin + len(batches[0].ids)
         x = [batch.x for batch in batches]
         parts.append(token_scores(heads, x, targets_T[begin:end], num_likeliest=num_likeliest))

@@ -113,8 +113,9 @@ def evaluate(
         reference_tasks, row_tasks = None, None
         if plan is not None:
             reference_tasks, row_tasks = measure_tasks(
-                first, models, plan, base_url=base_url, device=where, max_memory=max_memory, stop=stop
-            )
+                first, models, plan, base_url=base_url, device=where, max_memory=max_memory, stop=stop,
+                progress=lambda done: progress(Progress(stage="tasks", fraction=done)),
+            )  # fmt: skip
     measures = Measures(measured, seed)
     modes = [(model, precision) for model in models for precision in model.precisions]
     rows = tuple(

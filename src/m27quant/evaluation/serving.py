@@ -105,6 +105,7 @@ def measure_tasks(
     base_url: str | None,
     device: torch.device,
     max_memory: int | None = None,
+    progress: Callable[[float], None] = lambda fraction: None,
     stop: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
     """Tasks of the reference, and of each candidate in each mode.
@@ -114,13 +115,14 @@ def measure_tasks(
     """
     if base_url is not None:
         return None, [run_tasks(find_endpoint(base_url, candidates[0].source.folder), plan)]
+    modes: list[tuple[Model, Precision | None]] = [(reference, None)]
+    modes += [(model, precision) for model in candidates for precision in model.precisions]
     found = []
-    for model in (reference, *candidates):
-        for precision in model.precisions:
-            stop()
-            asked = None if model is reference else precision
-            with speaking_of(model.name):
-                found.append(tasks_of(model.source, asked, plan, device=device, max_memory=max_memory))
+    for number, (model, precision) in enumerate(modes):
+        stop()
+        progress(number / len(modes))
+        with speaking_of(model.name):
+            found.append(tasks_of(model.source, precision, plan, device=device, max_memory=max_memory))
     return found[0], found[1:]
 
 

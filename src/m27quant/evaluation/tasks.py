@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,17 +109,18 @@ def run_tasks(endpoint: Endpoint, plan: TaskPlan) -> dict[str, Any]:
     options = plan.options
     model, arguments = _client(endpoint, options, plan.scored)
     try:
-        found = simple_evaluate(
-            model=model,
-            model_args=arguments,
-            tasks=[*options.tasks],
-            num_fewshot=options.num_fewshot,
-            limit=options.limit,
-            apply_chat_template=options.apply_chat_template,
-            task_manager=plan.manager,
-            log_samples=False,
-            bootstrap_iters=1000,
-        )
+        with _quiet():
+            found = simple_evaluate(
+                model=model,
+                model_args=arguments,
+                tasks=[*options.tasks],
+                num_fewshot=options.num_fewshot,
+                limit=options.limit,
+                apply_chat_template=options.apply_chat_template,
+                task_manager=plan.manager,
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
     except Exception as fault:  # of HTTP clients, data sets and tasks' own code, many libraries' kinds
         raise EnvironmentFault(
             f"lm-eval stopped: {type(fault).__name__}: {_first_line(fault)}",
@@ -192,7 +195,8 @@ def _kinds(tasks: Sequence[str], manager: Any) -> dict[str, str]:
             hint="`lm-eval ls tasks` lists those there are",
         )
     try:
-        return dict(_flat(get_task_dict([*tasks], manager)))
+        with _quiet():
+            return dict(_flat(get_task_dict([*tasks], manager)))
     except Exception as fault:  # a task's data set is loaded here, from the Hub or wherever it says
         raise EnvironmentFault(
             f"lm-eval cannot load {', '.join(map(escape, tasks))}: {type(fault).__name__}: {_first_line(fault)}",
@@ -218,6 +222,13 @@ def _refuse_scored(scored: Sequence[str], options: TaskOptions, echoes: bool) ->
             hint="take a task whose answers are generated, such as gsm8k or mmlu_generative, "
             "or --base-url of a server whose /completions does `echo` with `logprobs`, such as vLLM",
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval and its libraries print and draw bars, in between what a command has to say."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _first_line(fault: BaseException) -> str:
