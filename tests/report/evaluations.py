@@ -26,6 +26,12 @@ HEALTH = {
     "num_texts": 4, "spurious_spaces": share(0.01), "repetition": share(0.125), "broken_characters": share(0.0),
     "num_tool_prompts": 0, "valid_tool_calls": None,
 }  # fmt: skip
+TASKS = {
+    "gsm8k": {
+        "version": 3.0, "num_samples": 200, "num_fewshot": 5,
+        "metrics": {"exact_match,strict-match": around(0.625).to_json(), "exact_match,none": around(0.75).to_json()},
+    }
+}  # fmt: skip
 NO_TEXT = {"not_measured": "needs 460 GB of memory"}
 
 

@@ -14,11 +14,12 @@ from m27quant.checkpoint.card import with_section
 from m27quant.cli.eval_view import human
 from m27quant.evaluation.result import Evaluation
 from m27quant.report import evaluation_words as words
+from m27quant.report.document import plain
 from m27quant.report.evaluation_card import entry, section, write_to
 from m27quant.report.evaluation_page import render
 from m27quant.report.html import render as render_report
 from m27quant.report.recorded import Recorded
-from tests.report.evaluations import BROKEN, EQUAL, EVIL, evaluation, pair, row
+from tests.report.evaluations import BROKEN, EQUAL, EVIL, NO_TEXT, TASKS, evaluation, pair, row
 from tests.report.pages import page_of, report_of
 
 TWO = evaluation(
@@ -64,6 +65,21 @@ def test_places_on_the_page_are_in_the_order_of_their_figures() -> None:
         float(left) < at < float(left) + float(width)
         for at, (left, width) in zip(places, ranges, strict=True)
     )
+
+
+def test_tasks_and_why_a_model_was_not_asked() -> None:
+    result = evaluation(row("max", tasks=TASKS), row("mse", tasks=NO_TEXT), reference_tasks=NO_TEXT)
+    for shown in (render(result), terminal(result, 120)):
+        assert "gsm8k: exact_match (strict-match)" in shown
+        assert "0.6250 (0.6150 to 0.6350)" in shown
+        assert "m27: no tasks: needs 460 GB of memory" in shown
+        assert "mse: no tasks: needs 460 GB of memory" in shown
+    assert "| gsm8k: exact\\_match | 0.7500 (0.7400 to 0.7600) |" in section(result.of("/data/max"))
+    assert "lm-eval" not in section(result.of("/data/mse"))
+    page = render_report(page_of(1, 2, evaluation=plain(entry(result))))
+    assert "gsm8k: exact_match (strict-match)" in page
+    assert "repeated 8-grams" in page
+    assert "12.5% (6.2% to 56.2%)" in page
 
 
 def test_what_is_no_number_is_shown_as_that() -> None:

@@ -186,7 +186,7 @@ def task_rows(result: Evaluation) -> tuple[list[str], list[list[str]]]:
     asked = [(name, tasks) for name, tasks in asked if tasks is not None]
     rows = [
         [
-            f"{task}: {metric.partition(',')[0]}" + _filter(metric),
+            task_title(task, metric),
             *(task_cell(tasks, task, metric) for _, tasks in asked),
         ]
         for task, metric in task_names(result)
@@ -205,9 +205,10 @@ def untold_tasks(result: Evaluation) -> list[str]:
     ]
 
 
-def _filter(metric: str) -> str:
-    filtered = metric.partition(",")[2]
-    return "" if filtered in ("", "none") else f" ({filtered})"
+def task_title(task: str, metric: str) -> str:
+    """In words; lm-eval's filter is told where it has a name."""
+    name, _, filtered = metric.partition(",")
+    return f"{task}: {name}" + ("" if filtered in ("", "none") else f" ({filtered})")
 
 
 def worst_layer(row: CandidateResult) -> str:

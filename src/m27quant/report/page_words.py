@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from m27quant.report.evaluation_words import FIGURES
+from m27quant.report.evaluation_words import FIGURES, HEALTH, SHARE, TASK, task_title
 from m27quant.report.measured import Measured
 from m27quant.report.quantization import output_gain
 from m27quant.report.recorded import PROJECTIONS, Recorded, quality, routed
@@ -93,16 +93,16 @@ def evaluated(recorded: Recorded | None) -> dict[str, Any] | None:
     found = recorded.evaluation if recorded else None
     if found is None or not found.candidates:
         return None
-    lines = []
-    for name, figure in FIGURES.items():
-        estimates = [row.figure(name) for row in found.candidates]
-        if any(estimate is not None for estimate in estimates):
-            lines.append(
-                [
-                    figure.title,
-                    *("none" if e is None else "{} ({})".format(*figure.show(e)) for e in estimates),
-                ]
-            )
+    rows = found.candidates
+    table = [(f.title, f, [row.figure(name) for row in rows]) for name, f in FIGURES.items()]
+    table += [(title, SHARE, [row.figure(name) for row in rows]) for name, title in HEALTH.items()]
+    tasks = dict.fromkeys(key for row in rows for key in row.of_tasks)
+    table += [(task_title(*key), TASK, [row.of_tasks.get(key) for row in rows]) for key in tasks]
+    lines = [
+        [title, *("none" if e is None else "{} ({})".format(*figure.show(e)) for e in estimates)]
+        for title, figure, estimates in table
+        if any(e is not None for e in estimates)
+    ]
     data = found.data
     told = (
         f"Against {found.reference.checkpoint} on {plural(data.num_tokens, 'token')} of {', '.join(data.dataset)} in "

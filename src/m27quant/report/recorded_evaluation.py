@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from m27quant.evaluation.result import Estimate
+from m27quant.report.evaluation_words import HEALTH
 
 Text = Annotated[str, Field(max_length=4096)]
 Count = Annotated[int, Field(ge=0, lt=2**62)]
@@ -48,6 +49,12 @@ class Greedy(_Part):
     max_tokens: Count = 0
 
 
+class Task(_Part):
+    """lm-eval's figures of one task."""
+
+    metrics: Annotated[dict[Text, Interval], Field(max_length=64)]
+
+
 class Row(_Part):
     """The checkpoint in one mode."""
 
@@ -57,14 +64,29 @@ class Row(_Part):
     top1: Interval
     top8: Interval
     greedy: Greedy | None = None
+    health: Annotated[dict[Text, Interval | Count | Text | None], Field(max_length=64)] | None = None
+    tasks: Annotated[dict[Text, Task | Text], Field(max_length=1024)] | None = None
 
     def figure(self, name: str) -> Estimate | None:
-        """By its name in `evaluation_words.FIGURES`."""
+        """By its name in `evaluation_words.FIGURES` or `HEALTH`; None where it was not measured."""
         if name == "greedy":
             return None if self.greedy is None or self.greedy.tokens is None else self.greedy.tokens.estimate
+        if name in HEALTH:
+            share = (self.health or {}).get(name)
+            return share.estimate if isinstance(share, Interval) else None
         of = {"kl_mean": self.kl.mean, "kl_p99": self.kl.p99}
         found: Interval = of.get(name) or getattr(self, name)
         return found.estimate
+
+    @property
+    def of_tasks(self) -> dict[tuple[str, str], Estimate]:
+        """(task, metric) -> figure."""
+        return {
+            (name, metric): figure.estimate
+            for name, task in (self.tasks or {}).items()
+            if isinstance(task, Task)
+            for metric, figure in task.metrics.items()
+        }
 
 
 class Reference(_Part):
