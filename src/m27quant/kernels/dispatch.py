@@ -29,7 +29,7 @@ _COMPILED = frozenset(
 _COMPILED_BY_LEVEL = frozenset({"nvfp4_gemm", "nvfp4_moe", "linear"})
 """Those whose inner loops are written for one instruction set each."""
 
-_TRITON = frozenset({"nvfp4_pack", "nvfp4_quantize", "rms_norm", "rotary"})
+_TRITON = frozenset({"nvfp4_pack", "nvfp4_gptq", "nvfp4_quantize", "rms_norm", "rotary"})
 """Operations with a Triton implementation for CUDA."""
 
 _SUMS = frozenset({"linear", "router", "fp8_kv_attention"})

@@ -70,10 +70,15 @@ def energy(x: Tensor, factor: Factor) -> float:
 
 
 def _backend(device: torch.device) -> ModuleType:
-    if choose("nvfp4_gptq", device).backend == "cpu-native":
+    backend = choose("nvfp4_gptq", device).backend
+    if backend == "cpu-native":
         from m27quant.kernels.nvfp4_gptq import cpu
 
         return cpu
+    if backend == "triton":
+        from m27quant.kernels.nvfp4_gptq import gpu
+
+        return gpu
     return reference
 
 

@@ -141,15 +141,11 @@ def nvfp4_search_kernel(
     for index in range(126):
         d = tl.load(candidates + index) * ws2
         b_a = tl.div_rn(b_x, tl.zeros_like(b_x) + d)
-        b_q = tl.where(b_a > 0.25, 0.5, 0.0) + tl.where(b_a >= 0.75, 0.5, 0.0)
-        b_q += tl.where(b_a > 1.25, 0.5, 0.0) + tl.where(b_a >= 1.75, 0.5, 0.0)
-        b_q += tl.where(b_a > 2.5, 1.0, 0.0) + tl.where(b_a >= 3.5, 1.0, 0.0)
-        b_q += tl.where(b_a > 5.0, 2.0, 0.0)
-        b_r = b_x.to(tl.float64) - (b_q * d).to(tl.float64)
+        b_r = b_x.to(tl.float64) - (rounded(b_a) * d).to(tl.float64)
         b_r = b_r * b_r
         if WEIGHTED:
             b_r = b_r * b_w
-        b_error = _halved(b_r, BN, BG)
+        b_error = halved(b_r, BN, BG)
         b_better = b_error < b_least
         b_least = tl.where(b_better, b_error, b_least)
         b_e4m3 = tl.where(b_better, index + 1, b_e4m3)
@@ -157,7 +153,16 @@ def nvfp4_search_kernel(
 
 
 @triton.jit
-def _halved(b_v, BN: tl.constexpr, BG: tl.constexpr):
+def rounded(b_a):
+    """E2M1 values of non-negative numbers."""
+    b_q = tl.where(b_a > 0.25, 0.5, 0.0) + tl.where(b_a >= 0.75, 0.5, 0.0)
+    b_q += tl.where(b_a > 1.25, 0.5, 0.0) + tl.where(b_a >= 1.75, 0.5, 0.0)
+    b_q += tl.where(b_a > 2.5, 1.0, 0.0) + tl.where(b_a >= 3.5, 1.0, 0.0)
+    return b_q + tl.where(b_a > 5.0, 2.0, 0.0)
+
+
+@triton.jit
+def halved(b_v, BN: tl.constexpr, BG: tl.constexpr):
     """[BN, BG, 16] to [BN, BG]: lane j adds lane j + 8, j + 4, j + 2, j + 1."""
     b_l, b_h = tl.split(tl.permute(tl.reshape(b_v, (BN, BG, 2, 8)), (0, 1, 3, 2)))
     b_l, b_h = tl.split(tl.permute(tl.reshape(b_l + b_h, (BN, BG, 2, 4)), (0, 1, 3, 2)))
