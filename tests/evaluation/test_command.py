@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from m27quant.cli.app import main
@@ -27,10 +28,10 @@ def strict(text: str) -> dict[str, Any]:
     return found
 
 
-def test_json_is_the_whole_result(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_the_whole_result(files: Files, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(files, "--json", "--activations", "nvfp4,bf16")) == 0
     document = strict(capsys.readouterr().out)
-    assert document["schema_version"] == 1
+    jsonschema.validate(document, json.loads((repository / "docs/schemas/eval.schema.json").read_text()))
     assert document["data"]["num_windows"] == 3
     assert document["ok"] is True
     assert [row["mode"] for row in document["candidates"]] == ["W4A4, FP8 KV", "W4A16, FP8 KV"]
