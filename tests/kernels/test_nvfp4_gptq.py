@@ -227,6 +227,8 @@ def test_refused() -> None:
     factor = nvfp4_gptq.factorize(H)
     with pytest.raises(ValueError, match="channels"):
         nvfp4_gptq.pack(weights(columns=80), amax=torch.tensor(1.0), factor=factor)
+    with pytest.raises(CalibrationError, match="96 channels overflows F32"):
+        nvfp4_gptq.pack(x, amax=nvfp4_pack.amax(x), factor=factor._replace(coupling=factor.coupling * 1e38))
     x[7, 50] = math.inf
     with pytest.raises(CheckpointError, match="row 7, column 50"):
         nvfp4_gptq.pack(x, amax=torch.tensor(1.0), factor=factor)

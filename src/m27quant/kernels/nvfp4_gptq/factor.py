@@ -73,7 +73,8 @@ def factorize(hessian: Tensor, *, damping: float = DAMPING) -> Factor:
         found = backend.decompose(hessian, order_K, added)
         if found is not None:
             dead = int((diagonal_K == 0).sum())
-            return Factor(order_K.int(), *found, share, attempt, dead)
+            coupling, pivots = found
+            return Factor(order_K.int(), coupling, pivots, share, attempt, dead)
         share = share * 10 if share else DAMPING
     raise CalibrationError(
         f"a Hessian of {len(hessian)} channels cannot be factorized, not even with {added / mean:g} times its "
