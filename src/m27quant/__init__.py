@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from m27quant.evaluation.limits import Limits
     from m27quant.evaluation.result import Evaluation
     from m27quant.evaluation.run import evaluate
+    from m27quant.evaluation.tasks import TaskOptions
     from m27quant.llm import load
     from m27quant.prepare import Options
     from m27quant.pull import PullOptions, PullResult, pull_checkpoint
@@ -76,6 +77,7 @@ _LAZY = {
     "RunOptions": "m27quant.runtime.options",
     "SamplingParams": "m27quant.runtime.generation",
     "StreamEvent": "m27quant.runtime.api",
+    "TaskOptions": "m27quant.evaluation.tasks",
     "TrainOptions": "m27quant.drafters.options",
     "TrainResult": "m27quant.drafters.train",
     "VerifyResult": "m27quant.verify.findings",
@@ -110,6 +112,7 @@ __all__ = [
     "RunOptions",
     "SamplingParams",
     "StreamEvent",
+    "TaskOptions",
     "TrainOptions",
     "TrainResult",
     "VerifyResult",

@@ -63,7 +63,7 @@ def compare_streamed(
     precision: Precision | None = None,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
-    progress: Callable[[int, int], None] = lambda layer, layers: None,
+    stop: Callable[[], None] = lambda: None,
 ) -> list[Common]:
     """One has written; the other goes along its texts, a layer and an expert in memory at a time.
 
@@ -73,7 +73,7 @@ def compare_streamed(
         precision: of the other.
         device: of weights and hidden states.
         dtype: of hidden states and logits.
-        progress: called with layers done and layers in all.
+        stop: called between layers; may raise.
 
     Raises:
         CheckpointError: a weight that cannot be computed with.
@@ -81,11 +81,9 @@ def compare_streamed(
     sequences = [torch.tensor([*prompt, *text[:-1]], dtype=torch.int64) for prompt, text in texts]
     batches = make_batches(sequences, BATCH_TOKENS)
     model = StreamedModel(other, batches, precision=precision, device=device, dtype=dtype)
-    layers = other.config.num_hidden_layers
-    for layer in range(layers):
-        progress(layer, layers)
+    for layer in range(other.config.num_hidden_layers):
+        stop()
         model.layer(layer)
-    progress(layers, layers)
     likeliest = _likeliest(model, batches)
     found = []
     for (prompt, text), token_ids in zip(texts, likeliest, strict=True):

@@ -96,10 +96,10 @@ def measure_texts(
             texts = written_by(row.source, row.precision)
         health.append(_health(texts, seed))
         ours.append(texts if isinstance(theirs, Unwritten) else None)  # else they are not wanted any more
-        common.append(_compared(theirs, texts, row, device))
+        common.append(_compared(theirs, texts, row, device, stop))
         progress((number + 2) / (len(rows) + 2))
     if isinstance(theirs, Unwritten):
-        common = _along(ours, reference, device)
+        common = _along(ours, reference, device, stop)
     progress(1.0)
     ways = [_way(theirs, figures) for figures in health]
     greedy = [_greedy(found, theirs, way, max_tokens, seed) for found, way in zip(common, ways, strict=True)]
@@ -116,23 +116,30 @@ def _not_measured(texts: Unwritten) -> dict[str, Any]:
 
 
 def _compared(
-    theirs: Written | Unwritten, ours: Written | Unwritten, row: Row, device: torch.device
+    theirs: Written | Unwritten,
+    ours: Written | Unwritten,
+    row: Row,
+    device: torch.device,
+    stop: Callable[[], None],
 ) -> list[Common] | None:
     """By the reference's texts; None where it has written none."""
     if isinstance(theirs, Unwritten):
         return None
     if isinstance(ours, Written):
         return compare_texts(theirs.continued, ours.continued)
-    return compare_streamed(theirs.continued, row.source, precision=row.precision, device=device)
+    return compare_streamed(theirs.continued, row.source, precision=row.precision, device=device, stop=stop)
 
 
 def _along(
-    ours: Sequence[Written | Unwritten | None], reference: Source, device: torch.device
+    ours: Sequence[Written | Unwritten | None],
+    reference: Source,
+    device: torch.device,
+    stop: Callable[[], None],
 ) -> list[list[Common] | None]:
     """The reference goes along the texts of all rows that have written, in one pass."""
     texts = [row.continued if isinstance(row, Written) else [] for row in ours]
     together = [text for row in texts for text in row]
-    found = iter(compare_streamed(together, reference, device=device) if together else [])
+    found = iter(compare_streamed(together, reference, device=device, stop=stop) if together else [])
     return [[next(found) for _ in row] or None for row in texts]
 
 
