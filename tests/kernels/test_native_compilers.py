@@ -1,4 +1,4 @@
-"""Compiled products and search for block scales under every compiler at hand, with all warnings, and by emulation."""
+"""The compiled core under every compiler at hand, with all warnings, and by emulation: products, searches, feedback."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ def test_search(target: str, repository: Path, tmp_path: Path) -> None:
     core = repository / "src/m27quant/kernels/_native"
     sources = [core / "nvfp4_search_fp8.c", repository / "tests/kernels/native/search.c"]
     build_and_run(target, sources, ["-Wno-psabi", f"-I{core}"], tmp_path / "search")
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name != "gcc"])
+def test_gptq(target: str, repository: Path, tmp_path: Path) -> None:
+    """What gcc makes of it is compared with torch, in test_nvfp4_gptq.py."""
+    core = repository / "src/m27quant/kernels/_native"
+    sources = [core / f"{name}.c" for name in ("nvfp4_gptq", "cholesky", "nvfp4_search", "nvfp4_search_fp8")]
+    program = repository / "tests/kernels/native/gptq.c"
+    build_and_run(target, [*sources, program], ["-Wno-psabi", f"-I{core}"], tmp_path / "gptq")
 
 
 def build_and_run(target: str, sources: list[Path], options: list[str], program: Path) -> None:
