@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 from m27quant.checkpoint.source import Source
+from m27quant.checkpoint.tokenizer import Tokenizer
 from m27quant.evaluation.greedy import Common, compare_streamed, compare_texts
 from m27quant.evaluation.writing import Prompt, Unwritten, Written, make_prompts, write
 from m27quant.runtime.streamed import Precision, logits
@@ -90,3 +94,19 @@ def test_prompts_are_taken_at_even_distances() -> None:
     assert {len(p.token_ids) for p in prompts} == {45}
     assert [len(p.token_ids) for p in make_prompts([torch.arange(1000), torch.arange(1)], None, 9)] == [64, 1]
     assert make_prompts(windows, None, 0) == []
+
+
+def test_chats_are_asked_where_the_template_takes_them(repository: Path, tmp_path: Path) -> None:
+    tiny = repository / "examples/tiny-m27"
+    windows = [torch.arange(90)]
+
+    def chats(template: str | None = None, **options: int) -> int:
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(tiny / name, tmp_path / name)
+        if template is not None:
+            (tmp_path / "chat_template.jinja").write_text(template)
+        return len(make_prompts(windows, Tokenizer(tmp_path), 1, **options)) - 1
+
+    assert chats() == 8
+    assert chats("{{ raise_exception('no tools here') }}") == 0
+    assert chats(longest=300) == 0

@@ -168,7 +168,7 @@ def _texts(
     return measure_texts(
         reference.source,
         [Row(model.name, label, model.source, precision) for label, (model, precision) in modes],
-        make_prompts(windows, tokenizer, num_prompts),
+        make_prompts(windows, tokenizer, num_prompts, longest=reference.source.config.max_position_embeddings),
         max_tokens=max_tokens, seed=seed, device=device, max_memory=max_memory, stop=stop,
         progress=lambda done: progress(Progress(stage="texts", fraction=done)),
     )  # fmt: skip

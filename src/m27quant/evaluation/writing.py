@@ -14,7 +14,7 @@ import torch
 
 from m27quant.checkpoint.source import Source
 from m27quant.checkpoint.tokenizer import Tokenizer
-from m27quant.errors import EnvironmentFault
+from m27quant.errors import CheckpointError, EnvironmentFault
 from m27quant.evaluation.tool_prompts import ASKED, TOOLS
 from m27quant.runtime.api import LLM, GenerateResult
 from m27quant.runtime.chat import chat_prompt
@@ -60,30 +60,37 @@ class Unwritten:
     reason: str
 
 
-def make_prompts(windows: Sequence[torch.Tensor], tokenizer: Tokenizer | None, count: int) -> list[Prompt]:
-    """The first tokens of `count` windows at even distances, then the chats with tools where there is a template.
+def make_prompts(
+    windows: Sequence[torch.Tensor], tokenizer: Tokenizer | None, count: int, *, longest: int = 2**31
+) -> list[Prompt]:
+    """The first tokens of `count` windows at even distances, then the chats with tools.
+
+    There are chats where there is a template that takes them, and where they fit with their replies.
 
     Args:
         windows: int64 [length] each.  Of a short one half is the prompt.
         tokenizer: of the reference; without one there are no chats.
         count: of texts; 0 is none, and no chats either.
+        longest: tokens that the model has positions for.
     """
     count = min(count, len(windows))
     picked = [windows[i * len(windows) // count] for i in range(count)]
     prompts = [Prompt(ids[: min(PROMPT_TOKENS, max(1, len(ids) // 2))].tolist()) for ids in picked]
     if count and tokenizer is not None and tokenizer.has_chat_template:
-        prompts += _chats(tokenizer)
+        prompts += [chat for chat in _chats(tokenizer) if len(chat.token_ids) + TOOL_TOKENS < longest]
     return prompts
 
 
 def _chats(tokenizer: Tokenizer) -> list[Prompt]:
-    """Thoughts are closed at once, so that a call comes within few tokens."""
-    chats = []
-    for question in ASKED:
-        messages = [{"role": "user", "content": question}]
-        chat = chat_prompt(tokenizer, messages, tools=TOOLS, thinking=False)
-        chats.append(Prompt(chat.token_ids, TOOLS, chat.thinking))
-    return chats
+    """Thoughts are closed at once, so that a call comes within few tokens; none where the template refuses."""
+    try:
+        asked = [
+            chat_prompt(tokenizer, [{"role": "user", "content": question}], tools=TOOLS, thinking=False)
+            for question in ASKED
+        ]
+    except CheckpointError:  # `verify` tells of it; no reason to lose all other figures
+        return []
+    return [Prompt(chat.token_ids, TOOLS, chat.thinking) for chat in asked]
 
 
 def write(

@@ -147,7 +147,7 @@ def health_shares(health: Mapping[str, Any] | None) -> list[tuple[str, str]] | s
     if "not_measured" in health:
         return str(health["not_measured"])
     estimates = (health.get(name) for name in HEALTH)
-    return [("no chat template", "") if e is None else SHARE.show(Estimate(**e)) for e in estimates]
+    return [("no chat template for tools", "") if e is None else SHARE.show(Estimate(**e)) for e in estimates]
 
 
 def health_cells(health: Mapping[str, Any] | None) -> list[str] | str:
