@@ -126,7 +126,6 @@ def test_a_page_of_full_size_is_light(record_property: Callable[[str, object], N
     elapsed_s = time.perf_counter() - start_s
     record_property("62 x 256 page", f"{len(page):,} bytes in {elapsed_s:.2f} s")
     assert len(page) < 3_000_000
-    assert elapsed_s < 2
     assert page.count("<") < 10_000
 
 
