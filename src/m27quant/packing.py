@@ -75,8 +75,8 @@ class ByLeastError:
             stats.weighted.setdefault(m.projection, []).append([signal, noise, noise_of_max])
 
 
-class Hessians(Protocol):
-    """Of what a layer's matrices read."""
+class Factors(Protocol):
+    """Of the Hessians of what a layer's matrices read."""
 
     def factor(self, expert: int, projection: str) -> Factor:
         """One of them, factorized; asked for twice it is not made twice."""
@@ -86,15 +86,15 @@ class Hessians(Protocol):
 class ByErrorFeedback:
     """What rounding a column does to the outputs is made good by the columns behind it."""
 
-    hessians: Hessians
+    factors: Factors
 
     def pack(self, m: Linear) -> PackedNVFP4:
-        factor = self.hessians.factor(m.expert, m.projection)
+        factor = self.factors.factor(m.expert, m.projection)
         return nvfp4_gptq.pack(m.weight, m.scale_inv, amax=m.amax, block=m.block, factor=factor)
 
     def note(self, m: Linear, plain: torch.Tensor, packed: PackedNVFP4, stats: PackStats) -> None:
         by_maxima = stats.add_max(m.projection, plain, m.amax)
-        factor = self.hessians.factor(m.expert, m.projection)
+        factor = self.factors.factor(m.expert, m.projection)
         rows = slice(None, None, max(1, len(plain) // SAMPLED_ROWS))
         x = plain[rows].float()
         errors = [x - _rows(tensors, rows) for tensors in (packed, by_maxima)]
