@@ -26,7 +26,7 @@ COSTS: dict[Method, str] = {
     "awmse": "as mse, and experts are read a second time once a layer's moments are known; nvidia-modelopt has no such "
     "algorithm; verify cannot repeat the choice without the moments, and says so",
     "gptq": "experts are read a second time, and packing takes a multiple of the time; Hessians of inputs are summed "
-    "and factorized, each expert's kept in a scratch file: for M2.7 5 GB of disk and 1 GB of memory per process; "
+    "and factorized, each expert's kept in a scratch file: for M2.7 5 GB of disk and up to 1 GB of memory a process; "
     "weights are fitted to the calibration's tokens more than with the others; nvidia-modelopt's gptq keeps block "
     "scales from maxima and gives other bytes; verify cannot repeat the rounding without the Hessians, and says so",
 }
