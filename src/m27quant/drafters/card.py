@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import m27quant
-from m27quant.checkpoint.card import escape_markdown, licence_of
+from m27quant.checkpoint.card import escape_markdown, licence_of, with_section
 from m27quant.drafters.prepare import Prepared
 from m27quant.drafters.presets import Objective, Shape
 
 CURVE = "training.svg"
+ACCEPTANCE = "How much it drafts right"
 BEGIN, END = "<!-- m27quant:eval -->", "<!-- /m27quant:eval -->"
 """Around what `drafter eval --write-card` writes."""
 UNMEASURED = (
@@ -34,7 +34,7 @@ def render(
         _what(shape, target, config),
         _table(_sizes(shape, config, result)),
         f"    m27quant run {_target_argument(plan)} --drafter THIS_FOLDER --stats",
-        "## How much it drafts right",
+        f"## {ACCEPTANCE}",
         f"{BEGIN}\n{UNMEASURED}\n{END}",
         *_heldout(plan, result.get("heldout")),
         "## How it was trained",
@@ -48,15 +48,8 @@ def render(
 
 
 def with_evaluation(card: str, section: str) -> str:
-    """`card` with `section` (Markdown) in the place of an earlier evaluation.
-
-    A card that has no such place gets one at its end.
-    """
-    marked = f"{BEGIN}\n{section.strip()}\n{END}"
-    found = re.compile(re.escape(BEGIN) + r".*?" + re.escape(END), re.DOTALL)
-    if found.search(card):
-        return found.sub(lambda _: marked, card, count=1)
-    return f"{card.rstrip()}\n\n## How much it drafts right\n\n{marked}\n"
+    """`card` with `section` (Markdown) in the place of an earlier evaluation, or at its end."""
+    return with_section(card, "eval", ACCEPTANCE, section)
 
 
 # -- the parts -------------------------------------------------------------------------------------
