@@ -11,7 +11,19 @@ from typing import Any
 import torch
 
 from m27quant import quantize_checkpoint
-from tests.checkpoints import Shape, random_tensors, read_tensors, stored, write_checkpoint, write_rows
+from tests.checkpoints import (
+    Shape,
+    from_fp8,
+    random_tensors,
+    read_tensors,
+    stored,
+    write_checkpoint,
+    write_rows,
+)
+
+REPORT = "quantization_report.json"
+MODULE = "model.layers.1.block_sparse_moe.experts.2.w2"
+"""A matrix that tests look at."""
 
 SHAPES = {
     "gqa1": Shape(num_attention_heads=2, num_key_value_heads=2, num_local_experts=3),
@@ -89,3 +101,14 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal in type, shape and every byte; NaN is NaN here."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(raw(a), raw(b))
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """The quantization report of a checkpoint."""
+    document: dict[str, Any] = json.loads((folder / REPORT).read_text())
+    return document
+
+
+def weight_of(model: Model, module: str = MODULE) -> torch.Tensor:
+    """BF16 values of a matrix in the source."""
+    return from_fp8(model.tensors[f"{module}.weight"], model.tensors[f"{module}.weight_scale_inv"])

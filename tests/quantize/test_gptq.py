@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,21 @@ from m27quant.kernels.nvfp4_gptq import Factor, factorize
 from m27quant.report.page_words import made
 from m27quant.report.recorded import read_recorded
 from m27quant.verify.findings import VerifyResult
-from tests.checkpoints import from_fp8, read_tensors
+from tests.checkpoints import read_tensors
 from tests.faults.weights import read, write
-from tests.quantize.models import SHAPES, Model, quantized, random_model, same_bytes
+from tests.quantize.models import (
+    MODULE,
+    REPORT,
+    SHAPES,
+    Model,
+    quantized,
+    random_model,
+    report,
+    same_bytes,
+    weight_of,
+)
 
 RECIPE = "nvfp4_experts_only_gptq-fp8_kv"
-REPORT = "quantization_report.json"
-MODULE = "model.layers.1.block_sparse_moe.experts.2.w2"
 SINGULAR = (0, 1)
 """Layer and expert whose w2 is given a Hessian that takes more damping than the first."""
 
@@ -63,26 +70,6 @@ def out(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("m27quant.layer_statistics.LayerHessians", Watched)
         return quantized(model, tmp_path_factory.mktemp("gptq") / "out", recipe=RECIPE)
-
-
-@pytest.fixture(scope="module")
-def by_mse(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    recipe = "nvfp4_experts_only_mse-fp8_kv"
-    return quantized(model, tmp_path_factory.mktemp("mse") / "out", recipe=recipe)
-
-
-@pytest.fixture
-def copy(out: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(out, tmp_path / "copy"))
-
-
-def report(folder: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((folder / REPORT).read_text())
-    return document
-
-
-def weight_of(model: Model, module: str = MODULE) -> torch.Tensor:
-    return from_fp8(model.tensors[f"{module}.weight"], model.tensors[f"{module}.weight_scale_inv"])
 
 
 def test_only_block_scales_and_codes_are_others_than_by_mse(out: Path, by_mse: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,14 +15,22 @@ from m27quant.kernels import nvfp4_pack
 from m27quant.kernels.nvfp4_pack.reference import encode, groups
 from m27quant.progress import Progress
 from m27quant.verify.findings import VerifyResult
-from tests.checkpoints import from_fp8, read_tensors
+from tests.checkpoints import read_tensors
 from tests.faults.weights import read, write
 from tests.oracles import modelopt_sweep
-from tests.quantize.models import SHAPES, Model, quantized, random_model, same_bytes
+from tests.quantize.models import (
+    MODULE,
+    REPORT,
+    SHAPES,
+    Model,
+    quantized,
+    random_model,
+    report,
+    same_bytes,
+    weight_of,
+)
 
 RECIPE = "nvfp4_experts_only_mse-fp8_kv"
-REPORT = "quantization_report.json"
-MODULE = "model.layers.1.block_sparse_moe.experts.2.w2"
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +48,8 @@ def out(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantized(model, tmp_path_factory.mktemp("mse") / "out", recipe=RECIPE)
 
 
-@pytest.fixture
-def copy(out: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(out, tmp_path / "copy"))
-
-
-def report(folder: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((folder / REPORT).read_text())
-    return document
-
-
 def full(folder: Path, model: Model | None) -> VerifyResult:
     return verify_checkpoint(folder, level="full", source=None if model is None else str(model.folder))
-
-
-def weight_of(model: Model, module: str = MODULE) -> torch.Tensor:
-    return from_fp8(model.tensors[f"{module}.weight"], model.tensors[f"{module}.weight_scale_inv"])
 
 
 def test_only_block_scales_and_codes_differ(by_maxima: Path, out: Path) -> None:
