@@ -111,5 +111,6 @@ def test_every_option_reaches_the_trainer(
     kind, target, data, out, options = taken
     assert (kind, target, data, out) == ("dflash", "T", ["A", "B"], Path("O"))
     expected = given | {"taps": (1, 2), "train_block_sizes": (4, 6), "loss": 1.0, "cache_size": 0}
-    elsewhere = {"epochs": None, "loss_gamma": None, "resume": False}  # each excludes one of the others
+    # each excludes one of the others
+    elsewhere = {"epochs": None, "loss_gamma": None, "resume": False, "init_from": None}
     assert {f.name: getattr(options, f.name) for f in fields(options)} == expected | elsewhere

@@ -12,8 +12,7 @@ import pytest
 
 from m27quant.drafters.tensor_file import read_tensors
 from tests.drafters.conftest import TARGET, write_rows
-from tests.faults.harness import KILLED, Process, Program, until, visible
-from tests.faults.test_ranks import free_port
+from tests.faults.harness import KILLED, Process, Program, free_port, until, visible
 from tests.tolerance import TRAINING_ATOL, TRAINING_RTOL
 
 SIZES = (

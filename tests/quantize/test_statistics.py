@@ -126,7 +126,7 @@ def test_a_dry_run_counts_the_statistics(ranks: int, case: Case, tmp_path: Path)
     config = parse_config(case.model.raw_config)
     rows = case.model.write_rows(tmp_path / "rows.jsonl")
     common: dict[str, Any] = {
-        "dataset": [str(rows)], "num_samples": 7, "device": "cpu", "max_memory": 2**31, "ranks": ranks,
+        "dataset": [str(rows)], "num_samples": 7, "device": "cpu", "max_memory": 2**33, "ranks": ranks,
     }  # fmt: skip
     plain = dry_run(str(case.model.folder), tmp_path / "out", **common)
     found = dry_run(str(case.model.folder), tmp_path / "out", recipe=case.recipe, **common)

@@ -63,9 +63,3 @@ def _reaching(ranks: Ranks) -> Iterator[None]:
             f"rank {ranks.rank} of {ranks.size} cannot reach the others: {line}",
             hint="see what the rank that ended first said; then run all of them again with --resume",
         ) from None
-
-
-def leave(ranks: Ranks) -> None:
-    """End the group that `join` made."""
-    if ranks.size > 1 and dist.is_initialized():
-        dist.destroy_process_group()

@@ -17,7 +17,7 @@ import torch
 
 from m27quant.checkpoint.paths import existing
 from m27quant.checkpoint.workspace import check_same
-from m27quant.drafters.distributed import by_first, leave
+from m27quant.drafters.distributed import by_first
 from m27quant.drafters.options import TrainOptions
 from m27quant.drafters.prepare import Prepared, prepare
 from m27quant.drafters.run import Run
@@ -26,7 +26,7 @@ from m27quant.errors import UsageError, escape
 from m27quant.progress import ProgressCallback, ignore
 from m27quant.runtime.device import pick_device
 from m27quant.runtime.host_memory import limit_caches
-from m27quant.runtime.parallel import join, local_device
+from m27quant.runtime.parallel import join, leave, local_device
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def train_drafter(
         return _result(out, run.to_the_end(command), started)
     finally:
         folder.close()
-        leave(ranks)
+        leave()
 
 
 def _check_paths(out: Path, inputs: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ Shapes: T tokens, H query heads, J key/value heads, C head_dim, Q and X the widt
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 
@@ -125,7 +126,14 @@ def join(device: torch.device) -> Ranks:
                 f"the {size} ranks cannot reach each other: {fault}",
                 hint="start them with torchrun --nproc-per-node N",
             ) from None
+        atexit.register(leave)  # threads that a group left behind would abort a process that ends
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def leave() -> None:
+    """End the group that `join` made, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def local_device(name: str) -> str:
