@@ -22,8 +22,8 @@ PROMPTS, PROMPT_LEN, LENGTH = 12, 48, 40
 GREEDY = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True)
 DRAFTERS: dict[str, tuple[str, DrafterOptions, float]] = {
     "n-gram": ("ngram", DrafterOptions(num_draft_tokens=7), 1.1),
-    "DFlash, block of 8": ("tiny-m27-dflash", DrafterOptions(num_draft_tokens=7), 1.5),
-    "DFlash, block of 16": ("tiny-m27-dflash", DrafterOptions(), 1.5),
+    "DFlash, block of 4": ("tiny-m27-dflash", DrafterOptions(num_draft_tokens=3), 1.5),
+    "DFlash, block of 8": ("tiny-m27-dflash", DrafterOptions(), 1.5),
     "EAGLE3 chain": ("tiny-m27-eagle3", DrafterOptions(num_steps=3), 1.5),
     "EAGLE3 tree": ("tiny-m27-eagle3", DrafterOptions(num_steps=3, eagle_topk=4, num_draft_tokens=8), 1.8),
 }
@@ -97,7 +97,7 @@ def test_sampled_text_is_that_without_a_drafter(
     ]
     some = prompts[1::2]
     without = tokens_of(engine(loaded).generate(some, params))
-    for name in ("DFlash, block of 16", "EAGLE3 tree"):
+    for name in ("DFlash, block of 8", "EAGLE3 tree"):
         assert tokens_of(engine(loaded, name).generate(some, params)) == without
 
 
