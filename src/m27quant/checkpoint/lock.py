@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -28,10 +30,22 @@ class OutputLock:
         return bool(self._lock.is_locked)
 
     def probe(self) -> None:
-        """Raise `OutputError` where another run holds the lock; changes nothing."""
-        if self._path.exists() and not self.is_held:
-            self._take()
-            self._lock.release()
+        """Raise `OutputError` where another run holds the lock; changes nothing.
+
+        Not by taking it: that would make the file again where a run that ends has just removed it.
+        """
+        if self.is_held:
+            return
+        try:
+            fd = os.open(self._path, os.O_RDWR)
+        except FileNotFoundError:
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._refuse()
+        finally:
+            os.close(fd)
 
     def acquire(self, *, force: bool) -> None:
         """Take the lock and note who has it.
@@ -61,10 +75,13 @@ class OutputLock:
         try:
             self._lock.acquire()
         except Timeout:
-            raise OutputError(
-                f"{self._shown}: another run is writing here ({self._describe()})",
-                hint="wait for it, or stop it first",
-            ) from None
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise OutputError(
+            f"{self._shown}: another run is writing here ({self._describe()})",
+            hint="wait for it, or stop it first",
+        ) from None
 
     def _record(self) -> dict[str, object]:
         try:
