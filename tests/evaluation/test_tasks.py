@@ -148,6 +148,10 @@ def test_the_command(
     document = json.loads(capsys.readouterr().out)
     assert document["candidates"][0]["tasks"]["words"]["metrics"]["acc,none"]["value"] == 0.5
     assert document["reference"]["tasks"] == document["candidates"][0]["tasks"]
-    assert main([*asked, "--base-url", "http://127.0.0.1:1/v1"]) == 2
+    for option in (
+        ["--base-url", "http://127.0.0.1:1/v1"], ["--limit", "3"], ["--num-fewshot", "0"], ["--include-path", "."],
+        ["--apply-chat-template"],
+    ):  # fmt: skip
+        assert main([*asked, *option]) == 2
     assert main([*asked, "--tasks", "words", "--base-url", "http://127.0.0.1:1/v1"]) == 4
     assert main([*asked, "--tasks", "choice"]) == 2

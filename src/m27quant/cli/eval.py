@@ -218,8 +218,13 @@ def eval_(
             tasks=tuple(dict.fromkeys(tasks.split(","))), num_fewshot=num_fewshot, limit=limit,
             apply_chat_template=apply_chat_template, include_path=include_path,
         )  # fmt: skip
-    elif base_url is not None:
-        raise UsageError("--base-url is asked for tasks alone", hint="add --tasks, such as --tasks gsm8k")
+    else:
+        given = {
+            "--num-fewshot": num_fewshot is not None, "--limit": limit is not None, "--base-url": base_url is not None,
+            "--apply-chat-template": apply_chat_template, "--include-path": include_path is not None,
+        }  # fmt: skip
+        for option in (name for name, is_given in given.items() if is_given):
+            raise UsageError(f"{option} is for tasks alone", hint="add --tasks, such as --tasks gsm8k")
     folders = _with_cards(candidates) if write_card else []
     if output_file is not None:
         if not overwrite:
